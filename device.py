@@ -1,0 +1,130 @@
+"""What the machine offers: torchvision, the device, mixed precision, compilation, torch.distributed.
+
+Everything that depends on the hardware is asked for here, so that the other files hold the paper's
+arithmetic alone. Keeps to the API of torch 2.7, the last one with kernels for V100s.
+"""
+
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
+
+import torch
+import torch.distributed as dist
+
+
+def import_torchvision() -> ModuleType:
+    """Import torchvision, also where its compiled operators do not fit the installed torch.
+
+    PyPI's torchvision is built for CUDA torch; beside a CPU build its import fails because the operators
+    `nms` and `qnms` were never declared. Only then are the two names declared (nothing here calls them):
+    beside a matching torchvision a second declaration would abort the process.
+    """
+    try:
+        import torchvision
+    except RuntimeError as error:
+        if "operator torchvision::nms does not exist" not in str(error):
+            raise
+        for name in [n for n in sys.modules if n == "torchvision" or n.startswith("torchvision.")]:
+            del sys.modules[name]
+        library = torch.library.Library("torchvision", "DEF")
+        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        import torchvision
+
+        torchvision._operator_declarations = library  # a Library withdraws its operators when it is collected
+    return torchvision
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The torch device for `--device`: `auto` (this rank's GPU, else the CPU), `cpu`, `cuda`, `cuda:1`.
+
+    Raises ValueError for an unknown name or a GPU that is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name}: no such device; use auto, cpu, cuda or cuda:<index>") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name}: not supported; use auto, cpu, cuda or cuda:<index>")
+    if device.type == "cuda":
+        index = device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", 0))
+        if not torch.cuda.is_available() or index >= torch.cuda.device_count():
+            count = torch.cuda.device_count()
+            raise ValueError(f"--device {name}: torch sees {count} CUDA devices here; try --device cpu")
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+    return device
+
+
+def set_fast_math(device: torch.device) -> None:
+    """TF32 where float32 remains, and cudnn's search for the fastest convolution (CUDA only)."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+
+
+def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
+    """The autocast type for `--amp auto | bf16 | fp16 | off`; None means float32 throughout.
+
+    `auto`: bf16 on cards with bf16 arithmetic (compute capability 8 and up), fp16 on older ones (V100), none on a CPU.
+    Raises ValueError for fp16 on a CPU, where torch has no gradient scaler, and for an unknown name.
+    """
+    if amp == "auto":
+        if device.type == "cpu":
+            return None
+        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+    if amp not in ("bf16", "fp16", "off"):
+        raise ValueError(f"--amp {amp}: use auto, bf16, fp16 or off")
+    if amp == "fp16" and device.type == "cpu":
+        raise ValueError("--amp fp16 needs a GPU; use bf16 or off on a CPU")
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager:
+    """Mixed precision for the network alone; softmax and losses are computed in float32 by the callers."""
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+
+
+def compiler_missing(device: torch.device) -> str | None:
+    """Why torch.compile cannot work here (no Triton, no C++ compiler), or None if it can."""
+    if device.type == "cuda":
+        try:
+            import triton  # noqa: F401
+        except ImportError:
+            return "Triton is not installed"
+        if torch.cuda.get_device_capability(device)[0] < 7:
+            return "Triton needs compute capability 7.0"
+    if not any(shutil.which(name) for name in (os.environ.get("CXX") or "g++", "g++", "gcc", "clang")):
+        return "no C compiler was found"
+    return None
+
+
+def compile_if(wanted: bool, function: Callable, **options: object) -> Callable:
+    """`torch.compile(function, **options)` if wanted, else the function itself."""
+    return torch.compile(function, **options) if wanted else function
+
+
+def init_distributed(device_name: str) -> tuple[int, int]:
+    """(rank, world size). Starts torch.distributed when torchrun started this process: nccl for GPUs, gloo for CPUs."""
+    if "RANK" not in os.environ:
+        return 0, 1
+    on_gpu = device_name != "cpu" and torch.cuda.is_available()
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    return dist.get_rank(), dist.get_world_size()
+
+
+def describe(device: torch.device) -> str:
+    """The device in words, for results: the card's name, or the processor and its thread count."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = "CPU"
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as lines:
+            model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
+    return f"{model}, {torch.get_num_threads()} threads"
