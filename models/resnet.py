@@ -1,0 +1,67 @@
+"""ResNet-18 (torchvision's, with a 32x32 stem) and the ResNet-20 of He et al. (2016), Sec. 4.2, for CPUs."""
+
+from collections import OrderedDict
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from device import import_torchvision
+
+torchvision = import_torchvision()
+BasicBlock = torchvision.models.resnet.BasicBlock
+
+
+def resnet18(num_classes: int) -> nn.Module:
+    """torchvision's ResNet-18 with a 3x3 stride-1 first convolution and no max-pooling.
+
+    (B, 3, 32, 32) -> (B, num_classes); maps of 32, 16, 8, 4 pixels.
+    11,173,962 parameters for 10 classes, 11,220,132 for 100.
+    """
+    model = torchvision.models.resnet18(num_classes=num_classes)
+    model.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's
+    model.maxpool = nn.Identity()
+    return model
+
+
+class OptionAShortcut(nn.Module):
+    """Option A of He et al.: every second pixel, and zeros for the new channels. No parameters.
+
+    (B, C, H, W) -> (B, 2C, H/2, W/2). The paper does not say where the zeros go; half before and half behind,
+    as CIFAR repositories have it, so that their checkpoints mean the same here.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        half = x.shape[1] // 2
+        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, half, half))
+
+
+def resnet20(num_classes: int) -> nn.Module:
+    """ResNet-20 for CIFAR: three stages of three basic blocks with 16, 32, 64 channels, option-A shortcuts.
+
+    (B, 3, 32, 32) -> (B, num_classes); maps of 32, 16, 8 pixels. Key names as torchvision's ResNets.
+    269,722 parameters for 10 classes, 275,572 for 100. Convolutions are initialised as He et al. (2015), fan-out.
+    """
+
+    def stage(inplanes: int, planes: int, stride: int) -> nn.Sequential:
+        shortcut = OptionAShortcut() if stride == 2 else None
+        first = BasicBlock(inplanes, planes, stride, downsample=shortcut)
+        return nn.Sequential(first, BasicBlock(planes, planes), BasicBlock(planes, planes))
+
+    model = nn.Sequential(
+        OrderedDict(
+            conv1=nn.Conv2d(3, 16, kernel_size=3, stride=1, padding=1, bias=False),
+            bn1=nn.BatchNorm2d(16),
+            relu=nn.ReLU(inplace=True),
+            layer1=stage(16, 16, stride=1),
+            layer2=stage(16, 32, stride=2),
+            layer3=stage(32, 64, stride=2),
+            avgpool=nn.AdaptiveAvgPool2d((1, 1)),
+            flatten=nn.Flatten(),
+            fc=nn.Linear(64, num_classes),
+        )
+    )
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return model
