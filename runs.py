@@ -5,21 +5,24 @@ best.pt and results.json. Whatever is written here is written to a temporary fil
 at any instant there is one whole file of each name.
 """
 
+import argparse
 import fcntl
 import hashlib
 import io
 import json
+import math
 import os
 import platform
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, NoReturn
 
 import numpy as np
 import torch
@@ -54,6 +57,72 @@ def run_main(main: Callable[[], int | None]) -> int:
     except (ValueError, OSError) as error:
         print(f"{script}: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         return 2
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors in one line, as ValueError, and defaults shown in the help."""
+
+    def __init__(self, **options: object):
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; --help shows the flags")
+
+
+def number(kind: type, low: float = -math.inf, high: float = math.inf, above: float = -math.inf) -> Callable:
+    """An argparse type: a finite int or float within [low, high] and greater than `above`."""
+
+    def parse(text: str) -> int | float:
+        try:
+            value = kind(text)
+        except ValueError:
+            expected = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {expected}") from None
+        if not math.isfinite(value) or not low <= value <= high or value <= above:
+            wanted = f"above {above:g}" if above > -math.inf else f"at least {low:g}"
+            wanted += f" and at most {high:g}" if high < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text} is out of range, it must be {wanted}")
+        return value
+
+    return parse
+
+
+class StopRequest:
+    """Notes SIGINT, SIGTERM and a time limit, for loops that stop between two steps. A context manager.
+
+    A second signal acts at once, as if this were not here.
+    """
+
+    def __init__(self, minutes: float | None = None):
+        self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
+        self.signal = 0
+
+    def __enter__(self) -> "StopRequest":
+        self.before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: object) -> None:
+        self.signal = number
+        self.__exit__()
+
+    def pending(self) -> bool:
+        """Has a signal come, or the time passed?"""
+        return bool(self.signal) or (self.deadline is not None and time.monotonic() > self.deadline)
+
+    def stopped(self, how_to_go_on: str) -> Stopped:
+        """The exception that ends the run: code 130 or 143 after a signal, 0 ("paused") after the time limit."""
+        if self.signal:
+            return Stopped(f"stopped by {signal.Signals(self.signal).name}; {how_to_go_on}", 128 + self.signal)
+        return Stopped(f"paused after --max-minutes; {how_to_go_on}", 0)
+
+
+def seed_of(*key: object) -> int:
+    """A 32-bit seed that depends on `key` alone, e.g. (seed, "step", epoch, step): draws need no state to resume."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:4], "little")
 
 
 # Files
