@@ -222,13 +222,15 @@ def load_checkpoint(path: str | Path, need_hash: bool = False) -> dict:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path}; train first, or name another file")
+    if path.stat().st_size > MAX_CHECKPOINT_BYTES:
+        raise ValueError(f"{path} is larger than any checkpoint of this program; name another")
+    data = path.read_bytes()
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
             members = archive.infolist()
-            size = path.stat().st_size
-            if any(m.compress_type != zipfile.ZIP_STORED for m in members) or size > MAX_CHECKPOINT_BYTES:
-                raise ValueError("compressed or too large")
-            if sum(m.file_size for m in members) > size:
+            if any(m.compress_type != zipfile.ZIP_STORED for m in members):
+                raise ValueError("its members are compressed")
+            if sum(m.file_size for m in members) > len(data):
                 raise ValueError("its members claim more bytes than the file has")
             if (damaged := archive.testzip()) is not None:
                 raise ValueError(f"{damaged} is damaged")
@@ -237,9 +239,7 @@ def load_checkpoint(path: str | Path, need_hash: bool = False) -> dict:
                 raise ValueError("its SHA-256 does not match its content")
             if need_hash and not digests:
                 raise ValueError("it holds no SHA-256, so this program did not write it")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
+        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes can make zipfile and torch raise nearly anything
         reason = " ".join(str(error).split())[:120]
         raise ValueError(f"{path} is not a whole torch checkpoint ({reason}); delete it or name another") from error
