@@ -6,16 +6,22 @@ file is a ValueError or FileNotFoundError of one line that names it.
 """
 
 import http.client
+import io
+import math
+import re
 import socket
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import download
+import runs
 from device import import_torchvision
-from unpickle import read_pickle, remedy
+from unpickle import MAX_NAME, read_pickle, remedy
 
 DATASETS = ("cifar10", "cifar100", "digits")
 NUM_CLASSES = {"cifar10": 10, "cifar100": 100, "digits": 10}
@@ -132,11 +138,13 @@ def _read_batch(path: Path, label_key: str, num_classes: int) -> tuple[np.ndarra
 def _read_classes(folder: Path, meta: dict[str, str], num_classes: int) -> list[str]:
     path = folder / meta["filename"]
     names = read_pickle(path).get(meta["key"])
-    if isinstance(names, list):
-        names = [n.decode("latin-1") if isinstance(n, bytes) else n for n in names]
-    if not isinstance(names, list) or len(names) != num_classes or not all(isinstance(n, str) for n in names):
+    if not isinstance(names, list) or len(names) != num_classes or not all(map(_is_name, names)):
         raise ValueError(f"{path} holds no list `{meta['key']}` of {num_classes} names; {remedy(path)}")
-    return names
+    return [name.decode("latin-1") if isinstance(name, bytes) else name for name in names]
+
+
+def _is_name(name: object) -> bool:
+    return isinstance(name, str | bytes) and len(name) <= MAX_NAME
 
 
 # Digits
@@ -168,3 +176,142 @@ def _load_digits() -> Dataset:
         hflip=False,
         source="embedded",
     )
+
+
+# Corrupted test sets, in the file format of the official archives
+
+
+def load_corrupted(
+    name: str, root: str | Path, corruption: str, severity: int, limit: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images uint8 (N, 3, 32, 32) and labels int64 (N,) of one cell, severity 1 to 5; `limit` takes the first ones.
+
+    <root>/<CIFAR-10-C>/<corruption>.npy holds uint8 (5N, 32, 32, 3), severity by severity, and labels.npy (5N,) the N
+    labels five times over. The file is mapped: only the cell's bytes are read, but for the hash of a set that has
+    hashes, which is checked when the file is first met. Raises ValueError for an unknown name, corruption or severity
+    and for files that do not fit this format or each other, FileNotFoundError for missing ones.
+    """
+    folder = _corrupted_folder(name, root)
+    if corruption not in ALL_CORRUPTIONS:
+        raise ValueError(f"unknown corruption {corruption!r}; use one of {', '.join(ALL_CORRUPTIONS)}")
+    if severity not in range(1, 6):
+        raise ValueError(f"severity {severity!r}: use 1 to 5")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit {limit}: at least one image is needed")
+    paths = [folder / f"{corruption}.npy", folder / "labels.npy"]
+    _verify(name, root, [path.name for path in paths])
+    images, labels = (_map_npy(path, _how_to_make(name, root)) for path in paths)
+    if images.dtype != np.uint8 or images.shape[1:] != (32, 32, 3) or len(images) % 5:
+        problem = f"{paths[0]} is {images.dtype} of shape {images.shape}, not uint8 (5 N, 32, 32, 3)"
+        raise ValueError(f"{problem}; delete it, then {_how_to_make(name, root)}")
+    count = len(images) // 5
+    if labels.shape != (5 * count,):
+        problem = f"{paths[1]} has shape {labels.shape}, but {paths[0].name} holds {5 * count} images"
+        raise ValueError(f"{problem}; delete {folder}, then {_how_to_make(name, root)}")
+    if (labels.reshape(5, count) != labels[:count]).any() or labels.min() < 0 or labels.max() >= NUM_CLASSES[name]:
+        problem = f"{paths[1]} does not hold labels from 0 to {NUM_CLASSES[name] - 1}, the same for each severity"
+        raise ValueError(f"{problem}; delete {folder}, then {_how_to_make(name, root)}")
+    first = (int(severity) - 1) * count
+    cell = slice(first, first + min(count, limit or count))
+    pixels = np.ascontiguousarray(images[cell].transpose(0, 3, 1, 2))
+    return torch.from_numpy(pixels), torch.from_numpy(labels[cell].astype(np.int64))
+
+
+def corruption_source(name: str, root: str | Path) -> str:
+    """`official` where a record says that the archive's md5 matched, `generated` where corruptions.py left one, else
+    `unverified`. Raises FileNotFoundError without the folder, ValueError for a damaged record."""
+    path, _ = _read_record(name, _corrupted_folder(name, root))
+    return path.stem if path else "unverified"
+
+
+def verify_corrupted(name: str, root: str | Path) -> str:
+    """Check the SHA-256 of every file there that the folder's record lists, where it has one; returns
+    `corruption_source`. What was checked is noted in `.verified.json` with size, time and hash, so each file is read
+    once. Raises ValueError naming a file that differs."""
+    folder = _corrupted_folder(name, root)
+    _, hashes = _read_record(name, folder)
+    _verify(name, root, [file for file in hashes if (folder / file).is_file()])
+    return corruption_source(name, root)
+
+
+def _corrupted_folder(name: str, root: str | Path) -> Path:
+    if name not in DATASETS:
+        raise ValueError(f"unknown data set {name!r}; use one of {', '.join(DATASETS)}")
+    folder = Path(root) / CORRUPTED_FOLDERS[name]
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no corrupted test set {folder}; {_how_to_make(name, root)}")
+    return folder
+
+
+def _how_to_make(name: str, root: str | Path) -> str:
+    command = f"python corruptions.py --dataset {name} --data {root}"
+    official = f", or fetch the official one with `{command} --download`" if name != "digits" else ""
+    return f"make it with `{command}`{official}"
+
+
+def _map_npy(path: Path, remedy: str) -> np.ndarray:
+    """Map an integer array, after checking that the file is as long as its header says."""
+    try:
+        with open(path, "rb") as file:
+            head = io.BytesIO(file.read(MAX_NPY_HEADER_BYTES))
+        readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        shape, fortran, dtype = readers[np.lib.format.read_magic(head)](head)
+        if fortran or dtype.kind not in "iu" or not shape or min(shape) < 1:
+            raise ValueError(f"it holds {dtype} of shape {shape}, {'Fortran' if fortran else 'C'} order")
+        if (size := path.stat().st_size) != (expected := head.tell() + math.prod(shape) * dtype.itemsize):
+            raise ValueError(f"it has {size:,} bytes, its header asks for {expected:,}")
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"no file {path}; {remedy}") from error
+    except OSError:
+        raise
+    except Exception as error:  # damaged bytes can raise nearly anything
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise ValueError(f"{path} is not a sound array file ({reason}); delete it, then {remedy}") from error
+
+
+def _read_record(name: str, folder: Path) -> tuple[Path | None, dict[str, str]]:
+    """The folder's official.json or generated.json and the SHA-256 of each file in it; (None, {}) without one."""
+    for path in (folder / "official.json", folder / "generated.json"):
+        if path.exists():
+            record = runs.read_json(path, MAX_RECORD_BYTES)
+            files = record.get("files")
+            names = {f"{corruption}.npy" for corruption in ALL_CORRUPTIONS} | {"labels.npy"}
+            if not isinstance(files, dict) or not files.keys() <= names or not all(map(_is_sha256, files.values())):
+                raise ValueError(f"{path} does not list files and their SHA-256; delete {folder} and make it anew")
+            if record.get("dataset", name) != name:
+                raise ValueError(f"{path} is another data set's, not {name}'s; delete {folder} and make it anew")
+            return path, files
+    return None, {}
+
+
+def _is_sha256(value: object) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+
+
+def _verify(name: str, root: str | Path, files: list[str]) -> None:
+    """Compare each file with the hash in the folder's record, if it has a record and this was not done before."""
+    folder = _corrupted_folder(name, root)
+    record, hashes = _read_record(name, folder)
+    if record is None:
+        return
+    marker = folder / ".verified.json"
+    try:
+        verified = runs.read_json(marker, MAX_RECORD_BYTES)
+    except (OSError, ValueError):
+        verified = {}
+    known = dict(verified)
+    for file in tqdm(files, desc=f"checking {folder.name}", delay=2, leave=False, disable=None):
+        path = folder / file
+        if file not in hashes:
+            raise ValueError(f"{record} does not list {file}, so the set is unfinished; {_how_to_make(name, root)}")
+        if not path.is_file():
+            raise FileNotFoundError(f"no file {path}; {_how_to_make(name, root)}")
+        entry = [path.stat().st_size, path.stat().st_mtime_ns, hashes[file]]
+        if verified.get(file) != entry:
+            if runs.sha256(path) != hashes[file]:
+                raise ValueError(f"{path} is not the file of {record}; delete it, then {_how_to_make(name, root)}")
+            verified[file] = entry
+    if verified != known:
+        with suppress(OSError, ValueError):  # a folder that cannot be written is checked again next time
+            runs.write_json(marker, verified)

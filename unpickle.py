@@ -5,25 +5,27 @@ that such batches use (protocols 2 to 5, Python 2's included) and can build numb
 integer arrays; of the functions that a pickle can name it knows the few in GLOBALS, and does itself what they would.
 """
 
+import io
 import math
 import pickletools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
 MAX_BYTES = 170_000_000  # CIFAR-100's training batch, the largest, has 155 million
 MAX_OPCODES = 2**19  # and some 200,000 opcodes
+MAX_NAME = 100  # characters of a global's or class's name
 
 GLOBALS = {
-    "numpy.core.multiarray _reconstruct": "array",
-    "numpy._core.multiarray _reconstruct": "array",
-    "numpy._core.numeric _frombuffer": "buffer",  # protocol 5
-    "numpy.core.numeric _frombuffer": "buffer",
-    "numpy dtype": "dtype",
-    "numpy ndarray": "ndarray",  # only ever an argument
-    "_codecs encode": "encode",  # protocol 2 from Python 3 writes bytes so
+    "numpy.core.multiarray._reconstruct": "array",
+    "numpy._core.multiarray._reconstruct": "array",
+    "numpy._core.numeric._frombuffer": "buffer",  # protocol 5
+    "numpy.core.numeric._frombuffer": "buffer",
+    "numpy.dtype": "dtype",
+    "numpy.ndarray": "ndarray",  # only ever an argument
+    "_codecs.encode": "encode",  # protocol 2 from Python 3 writes bytes so
 }
 DTYPES = ("u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8")
 LITERALS = (
@@ -45,6 +47,18 @@ class _Array:
     value: np.ndarray | None = None
 
 
+class _BoundedReads(io.BufferedReader):
+    """A file that refuses to read what no batch holds before it allocates room for it."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is None or not 0 <= size <= MAX_BYTES:
+            raise ValueError("it claims to be longer than any batch")
+        return super().read(size)
+
+    def readline(self, size: int | None = -1) -> bytes:
+        return super().readline(2 * MAX_NAME)
+
+
 def remedy(path: Path) -> str:
     """What to do about a damaged file of a data set folder, for the end of a message."""
     return f"restore it, or delete {path.parent} to download it anew"
@@ -62,7 +76,7 @@ def read_pickle(path: str | Path) -> dict:
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(f"{path} has {path.stat().st_size:,} bytes, more than any CIFAR batch; {remedy(path)}")
     try:
-        with open(path, "rb") as file:
+        with _BoundedReads(open(path, "rb", buffering=0)) as file:
             content = _run_pickle(file)
             if file.read(1):
                 raise ValueError("it goes on after its end")
@@ -73,12 +87,25 @@ def read_pickle(path: str | Path) -> dict:
     except Exception as error:  # damaged bytes can raise nearly anything
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise ValueError(f"{path} is not a sound CIFAR batch ({reason}); {remedy(path)}") from error
-    return {key: value.value if isinstance(value, _Array) else value for key, value in content.items()}
+    return {
+        key.decode("latin-1") if isinstance(key, bytes) else key: value.value if isinstance(value, _Array) else value
+        for key, value in content.items()
+    }
 
 
-def _run_pickle(file: IO[bytes]) -> object:
-    """Carry out the opcodes of a pickle on a stack of our own."""
-    stack, marks, memo, encoded = [], [], {}, {}
+def _run_pickle(file: io.BufferedReader) -> object:
+    """Carry out the opcodes of a pickle on a stack of our own.
+
+    Whatever an opcode adds to the memory stands in the file, opcode by opcode, but for the bytes that `encode` makes.
+    """
+    stack, marks, memo, encodable = [], [], {}, MAX_BYTES
+
+    def encode(text: str) -> bytes:
+        nonlocal encodable
+        encodable -= len(text)
+        if encodable < 0:
+            raise ValueError("it encodes one text again and again")
+        return text.encode("latin-1")
 
     def popped(count: int) -> list:
         if not 0 <= count <= len(stack):
@@ -124,15 +151,15 @@ def _run_pickle(file: IO[bytes]) -> object:
             case "BINGET" | "LONG_BINGET":
                 stack.append(memo[argument])
             case "GLOBAL":
-                stack.append(_find_global(argument))
+                stack.append(_find_global(*argument.split(" ", 1)))
             case "STACK_GLOBAL":
-                stack.append(_find_global(" ".join(popped(2))))
+                stack.append(_find_global(*popped(2)))
             case "REDUCE":
                 function, arguments = popped(2)
-                stack.append(_reduce(function, arguments, encoded))
+                stack.append(_reduce(function, arguments, encode))
             case "BUILD":
                 (state,) = popped(1)
-                _build(stack[-1], state, encoded)
+                _build(stack[-1], state, encode)
             case "STOP":
                 (result,) = popped(1)
                 return result
@@ -141,9 +168,12 @@ def _run_pickle(file: IO[bytes]) -> object:
     raise ValueError("it has no end")
 
 
-def _find_global(name: str) -> _Global:
+def _find_global(module: object, name: object) -> _Global:
+    if not all(isinstance(part, str) and len(part) <= MAX_NAME for part in (module, name)):
+        raise ValueError("it asks for a global without a proper name")
+    name = f"{module}.{name}"
     if name not in GLOBALS:
-        raise ValueError(f"it asks for the global {ascii(name.replace(' ', '.'))[:80]}, which no batch needs: tampered")
+        raise ValueError(f"it asks for the global {name!a}, which no batch needs: tampered")
     return _Global(GLOBALS[name])
 
 
@@ -159,44 +189,34 @@ def _set_items(stack: list, items: list) -> None:
     for key, value in zip(items[::2], items[1::2], strict=True):
         if not isinstance(key, str | bytes):  # the hash of nested tuples can take for ever
             raise ValueError("it has a key that is no string")
-        stack[-1][key.decode("latin-1") if isinstance(key, bytes) else key] = value
+        stack[-1][key] = value
 
 
-def _reduce(function: object, arguments: object, encoded: dict[str, bytes]) -> object:
+def _reduce(function: object, arguments: object, encode: Callable[[str], bytes]) -> object:
     """What `function(*arguments)` would have made: an array, a dtype or bytes."""
     match getattr(function, "kind", None), arguments:
         case "array", (_, _, _):
             return _Array()
         case "buffer", (buffer, np.dtype() as dtype, shape, "C"):
             return _Array(_to_array(buffer, dtype, shape))
-        case "dtype", ((str() | bytes()) as code, *_):
-            code = code.decode("latin-1") if isinstance(code, bytes) else code
+        case "dtype", (str() as code, *_):
             if code not in DTYPES:
-                raise ValueError(f"it has an array of type {ascii(code)[:20]}, not of integers")
+                raise ValueError(f"it has an array of type {code[:20]!a}, not of integers")
             return np.dtype(f"<{code}")
-        case "encode", (str() as text, "latin1" | "latin-1"):
-            return _encode(text, encoded)
-        case "encode", (str() as text,):
-            return _encode(text, encoded)
+        case "encode", (str() as text, "latin1"):
+            return encode(text)
     raise ValueError("it calls something in a way that no batch does")
 
 
-def _build(target: object, state: object, encoded: dict[str, bytes]) -> None:
+def _build(target: object, state: object, encode: Callable[[str], bytes]) -> None:
     """What `target.__setstate__(state)` would have done, for an array; a dtype's byte order is only checked."""
     match target, state:
-        case np.dtype(), (_, "<" | "|" | "=" | b"<" | b"|" | b"=", *_):
+        case np.dtype(), (_, "<" | "|" | "=", *_):
             return
         case _Array(), (_, shape, np.dtype() as dtype, False | 0, (str() | bytes() | bytearray()) as data):
-            target.value = _to_array(_encode(data, encoded) if isinstance(data, str) else data, dtype, shape)
+            target.value = _to_array(encode(data) if isinstance(data, str) else data, dtype, shape)
             return
     raise ValueError("it sets a state that no batch has")
-
-
-def _encode(text: str, encoded: dict[str, bytes]) -> bytes:
-    """text as latin-1; `encoded` keeps one copy of each text, so that asking often costs no memory."""
-    if text not in encoded:
-        encoded[text] = text.encode("latin-1")
-    return encoded[text]
 
 
 def _to_array(data: bytes | bytearray, dtype: np.dtype, shape: object) -> np.ndarray:
