@@ -1,0 +1,435 @@
+"""The 19 corruptions of CIFAR-C at five severities (Fig. 4); as a script it writes a CIFAR-C folder.
+
+    python corruptions.py --dataset cifar10 --data data                # writes data/CIFAR-10-C: the paper's 18
+    python corruptions.py --dataset digits --data data --all19         # and gaussian_noise
+    python corruptions.py --dataset cifar10 --data data --download     # the official archive instead (2.9 GB)
+
+Source: Hendrycks and Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions and Perturbations"
+(ICLR 2019), with their constants for 32x32 images. Each corruption is a function of (x, c, draw): a batch x, uint8
+(N, 32, 32, 3) RGB; the constants c of one severity; and draw(k), which gives k uniform numbers in [0, 1) per image,
+float64 (N, k), the same at each call. It returns floats on the scale where 1 is white, which `corrupt` clips and
+truncates to uint8, or finished uint8 images. All are vectorised over images, and what becomes of an image does not
+depend on the others.
+
+Only light libraries are imported here, since every worker process imports this file.
+"""
+
+import functools
+import importlib.metadata
+import importlib.util
+import io
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import scipy.sparse
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+from scipy.special import ndtri, pdtr
+
+SIDE = 32
+PIXELS = SIDE * SIDE
+CHUNK = 250  # images at a time: some megabytes, near the processor's cache
+BT601 = np.array([0.299, 0.587, 0.114])
+TURQUOISE = np.array([175, 238, 238]) / 255  # meant as B, G, R and added to R, G, B: the published slip is kept
+MUD = np.array([63, 42, 20]) / 255
+FROST_PACKAGE = "imagecorruptions"
+FROST_FILES = ("frost1.png", "frost2.png", "frost3.png", "frost4.jpg", "frost5.jpg")
+
+Draw = Callable[[int], np.ndarray]
+
+
+# Parts that several corruptions share
+
+
+def to_uint8(y: np.ndarray) -> np.ndarray:
+    """Clip floats to [0, 1], scale by 255 and truncate (not round), as the published sets were written."""
+    return (np.clip(y, 0, 1) * 255).astype(np.uint8)
+
+
+def normal(u: np.ndarray) -> np.ndarray:
+    """Standard normal numbers from uniform ones in [0, 1), one for one, by the inverse of the distribution function."""
+    return ndtri(np.maximum(u, 2.0**-54))
+
+
+def blur(x: np.ndarray, sigma: float) -> np.ndarray:
+    """Gaussian blur of (N, 32, 32, ...) along both image axes; nearest border, truncated at 4 sigma."""
+    return gaussian_filter(x, (0, sigma, sigma) + (0,) * (x.ndim - 3), mode="nearest", truncate=4)
+
+
+def motion(x: np.ndarray, radius: int, sigma: float, degrees: np.ndarray) -> np.ndarray:
+    """ImageMagick's motion blur of uint8 (N, 32, 32, C) at angles (N,), rounded to uint8 as ImageMagick does.
+
+    2 radius + 1 taps of weight exp(-i^2 / (2 sigma^2)), one-sided: tap i reads the pixel displaced by
+    (ceil(i cos a - 1/2) columns, ceil(i sin a - 1/2) rows), clamped to the image.
+    """
+    taps = np.arange(2 * radius + 1)
+    weights = np.exp(-(taps**2) / (2 * sigma**2))
+    weights = (weights / weights.sum()).astype(np.float32)
+    a = np.deg2rad(degrees)[:, None]
+    margin = 2 * radius
+    columns = np.ceil(taps * np.cos(a) - 0.5).astype(int) + margin
+    rows = np.ceil(taps * np.sin(a) - 0.5).astype(int) + margin
+    padded = np.pad(x, ((0, 0), (margin, margin), (margin, margin), (0, 0)), "edge").astype(np.float32)
+    y = np.zeros(x.shape, np.float32)
+    for n in range(len(x)):
+        for weight, row, column in zip(weights, rows[n], columns[n], strict=True):
+            y[n] += weight * padded[n, row : row + SIDE, column : column + SIDE]
+    return np.rint(y).astype(np.uint8)
+
+
+@functools.cache
+def zoom_matrix(factor: float) -> scipy.sparse.csr_array:
+    """The centre crop to ceil(32 / factor) pixels and linear zoom back, (1024, 1024) on flattened images.
+
+    As scipy.ndimage.zoom(order=1): round(crop * factor) places from the crop's first pixel to its last, trimmed to 32.
+    """
+    crop = int(np.ceil(SIDE / factor))
+    size = round(crop * factor)
+    place = (np.arange(SIDE) + (size - SIDE) // 2) * (crop - 1) / (size - 1)
+    low = np.minimum(place.astype(int), crop - 2)
+    first = (SIDE - crop) // 2 + low
+    along = np.zeros((SIDE, SIDE))
+    along[np.arange(SIDE), first] = 1 - (place - low)
+    along[np.arange(SIDE), first + 1] = place - low
+    return scipy.sparse.csr_array(scipy.sparse.kron(along, along))
+
+
+@functools.cache
+def mean_zoom_matrix(factors: tuple[float, ...]) -> scipy.sparse.csr_array:
+    """The mean of the image itself and of its zooms by each factor, (1024, 1024) on flattened images."""
+    return sum(map(zoom_matrix, factors), start=scipy.sparse.eye_array(PIXELS, format="csr")) / (len(factors) + 1)
+
+
+def apply_matrix(matrix: scipy.sparse.csr_array, x: np.ndarray) -> np.ndarray:
+    """Apply a (1024, 1024) matrix to each image and channel of (N, 32, 32, C)."""
+    columns = x.reshape(len(x), PIXELS, -1).transpose(1, 0, 2)
+    return (matrix @ columns.reshape(PIXELS, -1)).reshape(columns.shape).transpose(1, 0, 2).reshape(x.shape)
+
+
+def bilinear(x: np.ndarray, rows: np.ndarray, columns: np.ndarray, repeat_edge: bool) -> np.ndarray:
+    """Read (N, 32, 32, C) at real-valued places (N, 32, 32), mirrored at the border.
+
+    The edge pixel is repeated by the mirror (scipy's `reflect`) or not (OpenCV's reflect-101).
+    """
+    period, top = (2 * SIDE, 2 * SIDE - 1) if repeat_edge else (2 * SIDE - 2, 2 * SIDE - 2)
+    row, column = np.floor(rows).astype(int), np.floor(columns).astype(int)
+    down, right = (rows - row)[..., None], (columns - column)[..., None]
+    flat = x.reshape(-1, x.shape[-1])
+    image = np.arange(len(x))[:, None, None] * PIXELS
+
+    def read(i, j):
+        i, j = i % period, j % period
+        return flat[image + np.minimum(i, top - i) * SIDE + np.minimum(j, top - j)]
+
+    upper = (1 - right) * read(row, column) + right * read(row, column + 1)
+    lower = (1 - right) * read(row + 1, column) + right * read(row + 1, column + 1)
+    return (1 - down) * upper + down * lower
+
+
+def plasma(u: np.ndarray, decay: float) -> np.ndarray:
+    """Diamond-square noise on a 32x32 torus from u (N, 1023), (N, 32, 32) in [0, 1].
+
+    Every new point is the mean of its four neighbours plus wibble * U(-wibble, wibble).
+    """
+    p = np.zeros((len(u), SIDE, SIDE))
+    used, wibble, step = 0, 100.0, SIDE
+    while step >= 2:
+        half, cells = step // 2, SIDE // step
+        corners, centres = p[:, ::step, ::step], p[:, half::step, half::step]
+        above, left = p[:, ::step, half::step], p[:, half::step, ::step]  # middles of the cells' upper and left sides
+
+        def new(neighbours, used=used, wibble=wibble, cells=cells):
+            chance = u[:, used : used + cells**2].reshape(-1, cells, cells)
+            return neighbours / 4 + wibble * wibble * (2 * chance - 1)
+
+        rows = corners + np.roll(corners, -1, axis=1)
+        centres[:] = new(rows + np.roll(rows, -1, axis=2))
+        columns = corners + np.roll(corners, -1, axis=2)
+        above[:] = new(columns + centres + np.roll(centres, 1, axis=1), used + cells**2)
+        left[:] = new(rows + centres + np.roll(centres, 1, axis=2), used + 2 * cells**2)
+        used, wibble, step = used + 3 * cells**2, wibble / decay, half
+    p -= p.min(axis=(1, 2), keepdims=True)
+    return p / p.max(axis=(1, 2), keepdims=True)
+
+
+@functools.cache
+def frost_photographs() -> list[np.ndarray]:
+    """The five frost photographs shrunk by 0.2 with OpenCV's INTER_LINEAR, uint8 (H, W, 3) RGB.
+
+    Raises ValueError when the package that ships them is not installed; it is only looked up, never imported.
+    """
+    spec = importlib.util.find_spec(FROST_PACKAGE)
+    folder = Path(spec.submodule_search_locations[0]) / "frost" if spec else Path("frost")
+    photographs = [cv2.imread(str(folder / name)) if (folder / name).is_file() else None for name in FROST_FILES]
+    if spec is None or any(photograph is None for photograph in photographs):
+        raise ValueError(
+            f"frost needs the photographs of the package {FROST_PACKAGE}; run: "
+            f"{Path(sys.executable).name} -m pip install --no-deps {FROST_PACKAGE}==1.1.2"
+        )
+    return [cv2.resize(photograph, (0, 0), fx=0.2, fy=0.2)[..., ::-1] for photograph in photographs]
+
+
+# The corruptions
+
+
+def gaussian_noise(x: np.ndarray, c: float, draw: Draw) -> np.ndarray:
+    """x + N(0, c)"""
+    return x / 255 + c * normal(draw(3 * PIXELS)).reshape(x.shape)
+
+
+@functools.cache
+def poisson_table(c: float) -> np.ndarray:
+    """The distribution function of Poisson(c k / 255) at 0, 1, ..., one row for each grey level k, (256, counts)."""
+    counts = np.arange(int(c + 10 * c**0.5) + 20)
+    return pdtr(counts, c * np.arange(256)[:, None] / 255)
+
+
+def shot_noise(x: np.ndarray, c: float, draw: Draw) -> np.ndarray:
+    """Poisson(c x) / c"""
+    table = poisson_table(c)
+    # Row k raised by k makes one ascending table: the place of k + u in it is the inverse distribution function.
+    ascending = (table + np.arange(256)[:, None]).ravel()
+    place = ascending.searchsorted(x.reshape(len(x), -1) + draw(3 * PIXELS), side="right").reshape(x.shape)
+    return (place - x.astype(int) * table.shape[1]) / c
+
+
+def impulse_noise(x: np.ndarray, c: float, draw: Draw) -> np.ndarray:
+    """Salt and pepper: each value, channel by channel, is replaced with probability c by 0 or 1 evenly."""
+    u = draw(3 * PIXELS).reshape(x.shape)
+    return np.where(u < c, np.where(u < c / 2, 0, 255), x).astype(np.uint8)
+
+
+def speckle_noise(x: np.ndarray, c: float, draw: Draw) -> np.ndarray:
+    """x + x N(0, c)"""
+    return x / 255 * (1 + c * normal(draw(3 * PIXELS)).reshape(x.shape))
+
+
+def gaussian_blur(x: np.ndarray, c: float, draw: Draw) -> np.ndarray:
+    """Gaussian filter of sigma c."""
+    return blur(x / 255, c)
+
+
+def glass_blur(x: np.ndarray, c: tuple[float, int, int], draw: Draw) -> np.ndarray:
+    """Blur, let each pixel in turn take the value of one near it, blur: c = (sigma, reach d, passes).
+
+    The published code means to swap the two pixels but only copies; so does this.
+    """
+    sigma, d, passes = c
+    visits = [(h, w) for _ in range(passes) for h in range(SIDE - d, d, -1) for w in range(SIDE - d, d, -1)]
+    jumps = (draw(2 * len(visits)) * (2 * d)).astype(int).reshape(len(x), len(visits), 2) - d  # (dy, dx) in {-d..d-1}
+    n = np.arange(len(x))
+    pixels = to_uint8(blur(x / 255, sigma)).reshape(len(x), PIXELS, 3).transpose(1, 0, 2).copy()
+    sources = (jumps @ [SIDE, 1]).T + [[SIDE * h + w] for h, w in visits]  # (visits, N)
+    for (h, w), source in zip(visits, sources, strict=True):
+        pixels[SIDE * h + w] = pixels[source, n]
+    return blur(pixels.transpose(1, 0, 2).reshape(x.shape) / 255, sigma)
+
+
+def defocus_blur(x: np.ndarray, c: tuple[float, float], draw: Draw) -> np.ndarray:
+    """Correlate with a disk smoothed by a 3x3 Gaussian, border reflect-101: c = (radius, sigma)."""
+    radius, sigma = c
+    grid = np.arange(-8, 9)
+    disk = (grid**2 + grid[:, None] ** 2 <= radius**2).astype(np.float64)
+    disk = cv2.GaussianBlur(disk / disk.sum(), (3, 3), sigma)[6:11, 6:11]  # zero outside
+    return np.stack([cv2.filter2D(image, -1, disk, borderType=cv2.BORDER_REFLECT_101) for image in x / 255])
+
+
+def motion_blur(x: np.ndarray, c: tuple[int, float], draw: Draw) -> np.ndarray:
+    """ImageMagick's motion blur at an angle uniform in (-45, 45) degrees: c = (radius, sigma)."""
+    return motion(x, *c, degrees=90 * draw(1)[:, 0] - 45)
+
+
+def zoom_blur(x: np.ndarray, c: float, draw: Draw) -> np.ndarray:
+    """The mean of the image and of its zooms by 1, 1.01, ..., c; float round-off in np.arange is the published one."""
+    return apply_matrix(mean_zoom_matrix(tuple(np.arange(1, c, 0.01).tolist())), x / 255)
+
+
+def snow(x: np.ndarray, c: tuple[float, ...], draw: Draw) -> np.ndarray:
+    """Flakes smeared by motion, twice (upright and upside down), over a whitened image.
+
+    c = (mean, deviation, zoom, threshold, radius, sigma, share of the image kept).
+    """
+    u = draw(PIXELS + 1)
+    layer = (c[0] + c[1] * normal(u[:, 1:])).reshape(-1, SIDE, SIDE, 1)
+    layer = apply_matrix(zoom_matrix(c[2]), layer)
+    layer = motion(to_uint8(np.where(layer < c[3], 0, layer)), c[4], c[5], degrees=90 * u[:, 0] - 135) / 255
+    y = x / 255
+    gray = (y * BT601).sum(axis=-1, keepdims=True)
+    return c[6] * y + (1 - c[6]) * np.maximum(y, 1.5 * gray + 0.5) + layer + layer[:, ::-1, ::-1]
+
+
+def frost(x: np.ndarray, c: tuple[float, float], draw: Draw) -> np.ndarray:
+    """c0 x + c1 f with f a random 32x32 crop of one of five photographs of frost."""
+    photographs = frost_photographs()
+    f = np.empty_like(x)
+    for n, (which, down, right) in enumerate(draw(3)):
+        photograph = photographs[int(5 * which)]
+        top, left = int(down * (photograph.shape[0] - SIDE)), int(right * (photograph.shape[1] - SIDE))
+        f[n] = photograph[top : top + SIDE, left : left + SIDE]
+    return np.clip(c[0] * x + c[1] * f, 0, 255).astype(np.uint8)
+
+
+def fog(x: np.ndarray, c: tuple[float, float], draw: Draw) -> np.ndarray:
+    """(x + c0 p) m / (m + c0): p plasma of decay c1, m the image's maximum."""
+    m = x.max(axis=(1, 2, 3), keepdims=True) / 255
+    return (x / 255 + c[0] * plasma(draw(PIXELS - 1), c[1])[..., None]) * m / (m + c[0])
+
+
+def brightness(x: np.ndarray, c: float, draw: Draw) -> np.ndarray:
+    """V + c in HSV, clipped: with H and S fixed, R, G and B grow as V does."""
+    y = x / 255
+    v = y.max(axis=-1, keepdims=True)
+    brighter = np.minimum(v + c, 1)
+    return np.where(v > 0, y * (brighter / np.maximum(v, 1 / 255)), brighter)
+
+
+def contrast(x: np.ndarray, c: float, draw: Draw) -> np.ndarray:
+    """(x - mean) c + mean, the mean per image and channel."""
+    mean = x.sum(axis=(1, 2), keepdims=True, dtype=int) / (255 * PIXELS)
+    return (x / 255 - mean) * c + mean
+
+
+def saturate(x: np.ndarray, c: tuple[float, float], draw: Draw) -> np.ndarray:
+    """c0 S + c1 in HSV, clipped: with H and V fixed, the distances of R, G and B to V grow as S does."""
+    y = x / 255
+    v, low = y.max(axis=-1, keepdims=True), y.min(axis=-1, keepdims=True)
+    s = (v - low) / np.maximum(v, 1 / 255)
+    gray = v == low  # has hue 0: red
+    distance = np.where(gray, [0.0, 1.0, 1.0], (v - y) / np.where(gray, 1, v - low))
+    return v * (1 - np.clip(c[0] * s + c[1], 0, 1) * distance)
+
+
+def elastic_transform(x: np.ndarray, c: tuple[float, float, float], draw: Draw) -> np.ndarray:
+    """A random affine warp, then smooth random displacements; c = (alpha, sigma, affine) in units of 32 pixels."""
+    alpha, sigma, affine = SIDE * np.array(c)
+    u = 2 * draw(6 + 2 * PIXELS) - 1
+    points = np.array([[26.0, 26.0], [26.0, 6.0], [6.0, 6.0]])  # (column, row)
+    moved = points + affine * u[:, :6].reshape(-1, 3, 2)
+    back = np.linalg.solve(np.concatenate([moved, np.ones((len(x), 3, 1))], axis=2), points[None])  # (N, 3, 2)
+    column, row = np.arange(SIDE), np.arange(SIDE)[:, None]
+    columns, rows = (b[:, :1] * column + b[:, 1:2] * row + b[:, 2:] for b in back.transpose(2, 0, 1)[..., None])
+    y = bilinear(x / 255, rows, columns, repeat_edge=False)
+    fields = u[:, 6:].reshape(-1, 2, SIDE, SIDE)
+    dx, dy = alpha * gaussian_filter(fields, (0, 0, sigma, sigma), mode="reflect", truncate=3).transpose(1, 0, 2, 3)
+    return bilinear(y, row + dy, column + dx, repeat_edge=True)
+
+
+def pixelate(x: np.ndarray, c: float, draw: Draw) -> np.ndarray:
+    """Pillow's BOX resize to int(32 c) and back."""
+    small = (int(SIDE * c),) * 2
+    box = Image.Resampling.BOX
+    return np.stack([Image.fromarray(image).resize(small, box).resize((SIDE, SIDE), box) for image in x])
+
+
+def jpeg_compression(x: np.ndarray, c: int, draw: Draw) -> np.ndarray:
+    """Pillow's JPEG at quality c."""
+    y = np.empty_like(x)
+    for n, image in enumerate(x):
+        Image.fromarray(image).save(file := io.BytesIO(), "JPEG", quality=c)
+        y[n] = Image.open(file)
+    return y
+
+
+def spatter(x: np.ndarray, c: tuple[float, ...], draw: Draw) -> np.ndarray:
+    """Drops of water or mud; c = (mean, deviation, sigma, threshold, strength of water or sigma of mud, mud?)."""
+    liquid = blur((c[0] + c[1] * normal(draw(PIXELS))).reshape(-1, SIDE, SIDE), c[2])
+    liquid[liquid < c[3]] = 0
+    if c[5]:
+        m = blur((liquid > c[3]).astype(np.float64), c[4])[..., None]
+        m[m < 0.8] = 0
+        return x / 255 * (1 - m) + m * MUD
+    liquid = (liquid * 255).astype(np.int64).astype(np.uint8)  # wraps above 255, as published
+    m = liquid.astype(np.float64) * [water_relief(drops) for drops in liquid]
+    m *= c[4] / np.maximum(m.max(axis=(1, 2), keepdims=True), 1)
+    return x / 255 + m[..., None] * TURQUOISE
+
+
+def water_relief(drops: np.ndarray) -> np.ndarray:
+    """Shading of water drops, uint8 (32, 32), from the distance to their outlines; OpenCV's steps."""
+    distance = cv2.distanceTransform(255 - cv2.Canny(drops, 50, 150), cv2.DIST_L2, 5)
+    distance = cv2.equalizeHist(cv2.blur(np.minimum(distance, 20), (3, 3)).astype(np.uint8))
+    return cv2.blur(cv2.filter2D(distance, cv2.CV_8U, np.array([[-2, -1, 0], [-1, 1, 1], [0, 1, 2]])), (3, 3))
+
+
+SEVERITIES = {
+    gaussian_noise: (0.04, 0.06, 0.08, 0.09, 0.10),
+    shot_noise: (500, 250, 100, 75, 50),
+    impulse_noise: (0.01, 0.02, 0.03, 0.05, 0.07),
+    speckle_noise: (0.06, 0.1, 0.12, 0.16, 0.2),
+    gaussian_blur: (0.4, 0.6, 0.7, 0.8, 1),
+    glass_blur: ((0.05, 1, 1), (0.25, 1, 1), (0.4, 1, 1), (0.25, 1, 2), (0.4, 1, 2)),
+    defocus_blur: ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1)),
+    motion_blur: ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5)),
+    zoom_blur: (1.06, 1.11, 1.16, 1.21, 1.26),
+    snow: (
+        (0.1, 0.2, 1, 0.6, 8, 3, 0.95),
+        (0.1, 0.2, 1, 0.5, 10, 4, 0.9),
+        (0.15, 0.3, 1.75, 0.55, 10, 4, 0.9),
+        (0.25, 0.3, 2.25, 0.6, 12, 6, 0.85),
+        (0.3, 0.3, 1.25, 0.65, 14, 12, 0.8),
+    ),
+    frost: ((1, 0.2), (1, 0.3), (0.9, 0.4), (0.85, 0.4), (0.75, 0.45)),
+    fog: ((0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75)),
+    brightness: (0.05, 0.1, 0.15, 0.2, 0.3),
+    contrast: (0.75, 0.5, 0.4, 0.3, 0.15),
+    saturate: ((0.3, 0), (0.1, 0), (1.5, 0), (2, 0.1), (2.5, 0.2)),
+    elastic_transform: ((0, 0, 0.08), (0.05, 0.2, 0.07), (0.08, 0.06, 0.06), (0.1, 0.04, 0.05), (0.1, 0.03, 0.03)),
+    pixelate: (0.95, 0.9, 0.85, 0.75, 0.65),
+    jpeg_compression: (80, 65, 58, 50, 40),
+    spatter: (
+        (0.62, 0.1, 0.7, 0.7, 0.5, 0),
+        (0.65, 0.1, 0.8, 0.7, 0.5, 0),
+        (0.65, 0.3, 1, 0.69, 0.5, 0),
+        (0.65, 0.1, 0.7, 0.69, 0.6, 1),
+        (0.65, 0.1, 0.5, 0.68, 0.6, 1),
+    ),
+}
+FUNCTIONS = {function.__name__: function for function in SEVERITIES}
+
+
+def uniform(seed: int, name: str, severity: int, first: int, count: int, k: int) -> np.ndarray:
+    """k uniform numbers in [0, 1) for each of the images first, ..., first + count - 1, float64 (count, k).
+
+    Philox is a function of (key, counter) giving four numbers a count: the key comes from (seed, name, severity), and
+    each image owns ceil(k / 4) counts, so its numbers do not depend on which images are drawn together.
+    """
+    key = np.random.SeedSequence([severity, *name.encode(), seed]).generate_state(2, np.uint64)
+    counts = -(-k // 4)
+    bits = np.random.Philox(key=key, counter=first * counts)
+    return np.random.Generator(bits).random((count, 4 * counts))[:, :k]
+
+
+def corrupt(images: np.ndarray, name: str, severity: int, seed: int, first_index: int = 0) -> np.ndarray:
+    """Corrupt images as CIFAR-C does, uint8 (N, 32, 32, 3) RGB to the same.
+
+    Image i's draws depend on (seed, name, severity, first_index + i) alone: chunks, processes and restarts cannot
+    change a pixel. Raises ValueError for another shape or dtype, an unknown name, a severity outside 1-5, a negative
+    seed or index, or frost without its photographs.
+    """
+    if name not in FUNCTIONS:
+        raise ValueError(f"unknown corruption {name!r}; choose from {', '.join(FUNCTIONS)}")
+    if severity not in range(1, 6):
+        raise ValueError(f"severity {severity!r} is not one of 1, 2, 3, 4, 5")
+    if seed < 0 or first_index < 0:
+        raise ValueError(f"seed {seed} and first index {first_index} must not be negative")
+    if images.dtype != np.uint8 or images.shape[1:] != (SIDE, SIDE, 3):
+        raise ValueError(f"images must be uint8 (N, 32, 32, 3), not {images.dtype} {images.shape}")
+    function = FUNCTIONS[name]
+    c = SEVERITIES[function][severity - 1]
+    corrupted = np.empty_like(images)
+    for start in range(0, len(images), CHUNK):
+        x = images[start : start + CHUNK]
+        draw = functools.partial(uniform, seed, name, severity, first_index + start, len(x))
+        y = function(x, c, draw)
+        corrupted[start : start + CHUNK] = y if y.dtype == np.uint8 else to_uint8(y)
+    return corrupted
+
+
+if __name__ == "__main__":
+    import make_corrupted
+    import runs
+
+    sys.exit(runs.run_main(make_corrupted.main))
