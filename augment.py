@@ -1,0 +1,385 @@
+"""Batched augmentations on the images' device: preprocessing, Gaussian noise, T_a and its mixing, AugMix chains.
+
+Sec. 3 (a), (b) and Fig. 1 of the paper, the preprocessing of Sec. 4, and AugMix (Hendrycks et al., 2020) for Eq. (5).
+Every draw is made per image. Discrete choices (operation, level, depth, order) are drawn on the host, so that images
+are grouped by operation without waiting for the device; noise and mixing weights are drawn on the device.
+
+Images are uint8 levels (B, 3, H, W) or floats in [0, 1] of that shape. The operations follow Pillow: those on levels
+bit for bit, the geometric ones within one level on 99% of the values.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CPU = torch.device("cpu")
+
+# AugMix's nine operations; MAGNMA's set A is the first four, which map each level of an image to another level.
+OPERATIONS = ("autocontrast", "equalize", "posterize", "solarize")
+OPERATIONS += ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
+A_SIZE = 4
+AUTOCONTRAST, EQUALIZE, POSTERIZE, SOLARIZE, ROTATE, SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y = range(len(OPERATIONS))
+
+JITTER = 0.25  # Sec. 4: colour jitter, factors in [1 - JITTER, 1 + JITTER]
+DEGREES = 2.0  # Sec. 4: rotation, angles in [-DEGREES, DEGREES]
+PADDING = 4
+JITTER_ORDERS = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))  # brightness, contrast, saturation
+
+
+# Draws
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Where random numbers come from, and which share of a global batch's draws is ours.
+
+    host, device: the generators for discrete choices and for noise and weights; None is torch's global one.
+    start, count, total: this process holds the images [start, start + count) of a batch of `total`. Every draw is then
+    made for all `total` images and the share cut out, so that ranks and micro-batches that begin with equal generators
+    make together the very draws of one process. total None: the images at hand are all there are.
+    place: where device draws are delivered (a generator of another device draws there, and its numbers are moved).
+
+    The first dimension of a shape counts images, or n copies of them one after the other, as x.repeat(n, 1, 1, 1) does.
+    """
+
+    host: torch.Generator | None = None
+    device: torch.Generator | None = None
+    start: int = 0
+    count: int | None = None
+    total: int | None = None
+    place: torch.device = CPU
+
+    @classmethod
+    def seeded(
+        cls, seed: int, device: torch.device, *, start: int = 0, count: int | None = None, total: int | None = None
+    ) -> "Draws":
+        """Draws that depend on `seed` alone. On a CPU one generator serves both purposes, since two would be equal."""
+        host = torch.Generator().manual_seed(seed)
+        on_device = host if device.type == "cpu" else torch.Generator(device).manual_seed(seed)
+        return cls(host, on_device, start, count, total, device)
+
+    @torch.compiler.disable
+    def _draw(self, sample: Callable[..., Tensor], shape: tuple[int, ...], host: bool) -> Tensor:
+        """Our share of sample(global shape, generator, device). ValueError where the first size is not n * count."""
+        generator, place = (self.host, CPU) if host else (self.device, self.place)
+        device = place if generator is None else generator.device
+        if self.total is None:
+            return sample(tuple(shape), generator, device).to(place, non_blocking=True)
+        copies, rest = divmod(shape[0], self.count)
+        if rest:
+            raise ValueError(f"{shape[0]} images to draw for; expected copies of this share's {self.count} images")
+        whole = sample((copies * self.total, *shape[1:]), generator, device)
+        share = whole.view(copies, self.total, *shape[1:])[:, self.start : self.start + self.count]
+        return share.reshape(shape).to(place, non_blocking=True)
+
+    def uniform(self, shape: tuple[int, ...], low: float = 0.0, high: float = 1.0, *, host: bool = False) -> Tensor:
+        """U(low, high), float32."""
+        values = self._draw(lambda size, g, d: torch.rand(size, generator=g, device=d), shape, host)
+        return values if (low, high) == (0.0, 1.0) else low + (high - low) * values
+
+    def normal(self, shape: tuple[int, ...]) -> Tensor:
+        """N(0, 1), float32."""
+        return self._draw(lambda size, g, d: torch.randn(size, generator=g, device=d), shape, False)
+
+    def integers(self, shape: tuple[int, ...], low: int, high: int) -> Tensor:
+        """Uniform on {low, ..., high - 1}, int64, on the host."""
+        return self._draw(lambda size, g, d: torch.randint(low, high, size, generator=g, device=d), shape, True)
+
+    def dirichlet(self, shape: tuple[int, ...]) -> Tensor:
+        """Dirichlet(1, ..., 1) along the last dimension: normalised exponentials."""
+        e = self._draw(lambda size, g, d: torch.empty(size, device=d).exponential_(generator=g), shape, False)
+        return e / e.sum(-1, keepdim=True)
+
+    def beta(self, shape: tuple[int, ...], beta: float) -> Tensor:
+        """Beta(beta, beta), beta > 0: G1 / (G1 + G2) of two Gamma(beta) variables.
+
+        log Gamma(beta) is drawn as log Gamma(beta + 1) + log(U) / beta, which does not underflow for a small beta.
+        """
+        if beta == 1:
+            return self.uniform(shape)
+
+        def log_gamma(size: tuple[int, ...], g: torch.Generator | None, d: torch.device) -> Tensor:
+            gamma = torch._standard_gamma(torch.full(size, beta + 1.0, device=d), generator=g)
+            return gamma.log() + torch.log1p(-torch.rand(size, generator=g, device=d)) / beta
+
+        log_g = self._draw(log_gamma, (*shape, 2), False)
+        return torch.sigmoid(log_g[..., 0] - log_g[..., 1])
+
+
+def as_draws(generator: torch.Generator | Draws | None, x: Tensor) -> Draws:
+    """The Draws of a `generator` argument, delivering to x's device. A plain generator serves host and device draws."""
+    if not isinstance(generator, Draws):
+        generator = Draws(generator, generator)
+    return replace(generator, place=x.device)
+
+
+# Operations on levels: one level per image, bit for bit Pillow's ImageOps
+
+
+def autocontrast(images: Tensor) -> Tensor:
+    """Stretch each channel to the full range; a channel of one level stays. uint8 (B, 3, H, W) -> the same."""
+    check_levels(images)
+    lo = images.flatten(2).amin(2, keepdim=True).double()
+    hi = images.flatten(2).amax(2, keepdim=True).double()
+    level = torch.arange(256, dtype=torch.float64, device=images.device)
+    # Pillow's float64 to the last bit; `255 / tensor` would be a reciprocal and a product, rounded twice
+    scale = torch.full_like(hi, 255) / (hi - lo).clamp(min=1)
+    stretched = (level * scale - lo * scale).clamp(0, 255)
+    return _look_up(images, torch.where(hi > lo, stretched, level).to(torch.uint8))
+
+
+def equalize(images: Tensor) -> Tensor:
+    """Flatten each channel's histogram. uint8 (B, 3, H, W) -> the same.
+
+    Level i becomes floor((step // 2 + number of pixels below i) / step), step = floor((pixels - pixels at the highest
+    level present) / 255); where step is 0 the channel stays.
+    """
+    check_levels(images)
+    index = images.flatten(2).long()
+    one = torch.ones((), dtype=torch.int32, device=images.device)
+    counts = torch.zeros(*index.shape[:2], 256, dtype=torch.int32, device=images.device)
+    counts.scatter_add_(2, index, one.expand_as(index))
+    step = (index.shape[2] - counts.gather(2, index.amax(2, keepdim=True))) // 255
+    below = counts.cumsum(2, dtype=torch.int32) - counts
+    flat = ((step // 2 + below) // step.clamp(min=1)).clamp(max=255)
+    level = torch.arange(256, dtype=torch.int32, device=images.device)
+    return _look_up(images, torch.where(step > 0, flat, level).to(torch.uint8))
+
+
+def posterize(images: Tensor, bits: Tensor) -> Tensor:
+    """Keep the `bits` highest bits of each value, bits (B,) in 0..8 (0: black). uint8 (B, 3, H, W) -> the same."""
+    check_levels(images, bits)
+    mask = (256 - 2 ** (8 - bits.int())).to(torch.uint8)
+    return images & mask.view(-1, 1, 1, 1)
+
+
+def solarize(images: Tensor, threshold: Tensor) -> Tensor:
+    """Invert the values at and above `threshold`, (B,) in 0..256 (256: none). uint8 (B, 3, H, W) -> the same."""
+    check_levels(images, threshold)
+    return torch.where(images < threshold.to(torch.int16).view(-1, 1, 1, 1), images, ~images)
+
+
+def _look_up(images: Tensor, table: Tensor) -> Tensor:
+    """table[b, c, images[b, c, ...]] with a table (B, 3, 256)."""
+    return table.gather(2, images.flatten(2).long()).view_as(images)
+
+
+def check_levels(images: Tensor, level: Tensor | None = None) -> None:
+    """Raise ValueError unless images are uint8 (B, 3, H, W) and level, where there is one, is (B,)."""
+    if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3:
+        raise ValueError(f"images are {images.dtype} {tuple(images.shape)}; expected uint8 (B, 3, H, W)")
+    if level is not None and level.shape != images.shape[:1]:
+        raise ValueError(f"levels have shape {tuple(level.shape)}; expected one per image, ({images.shape[0]},)")
+
+
+# Geometry: matrices (B, 6) map a position of the result, pixel centres at +0.5, to one of the source, as in Pillow
+
+
+def rotation_matrix(degrees: Tensor, size: int) -> Tensor:
+    """Pillow's Image.rotate: counter-clockwise about the centre of a size x size image. (B,) -> float64 (B, 6)."""
+    angle = -torch.deg2rad(degrees.double())
+    cos, sin, c = angle.cos(), angle.sin(), size / 2
+    return torch.stack([cos, sin, c - c * cos - c * sin, -sin, cos, c + c * sin - c * cos], 1)
+
+
+def affine(images: Tensor, matrix: Tensor) -> Tensor:
+    """Pillow's transform(AFFINE, matrix, BILINEAR) with black outside. uint8 (B, 3, H, W), (B, 6) -> uint8."""
+    check_levels(images)
+    height, width = images.shape[2:]
+    a, b, c, d, e, f = matrix.float().to(images.device, non_blocking=True).view(-1, 6, 1, 1).unbind(1)
+    x = torch.arange(width, device=images.device) + 0.5
+    y = torch.arange(height, device=images.device).view(-1, 1) + 0.5
+    source_x, source_y = a * x + (b * y + c), d * x + (e * y + f)
+    inside = (source_x >= 0) & (source_x < width) & (source_y >= 0) & (source_y < height)
+    grid = torch.stack([source_x * (2 / width) - 1, source_y * (2 / height) - 1], 3)
+    values = F.grid_sample(images.float(), grid, "bilinear", "border", align_corners=False)
+    # Pillow truncates; 2**-10 lets what should be a whole level survive float32's rounding
+    return values.add_(2**-10).mul_(inside.unsqueeze(1)).to(torch.uint8)
+
+
+def _pick(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """images[b, :, rows, columns], black outside the image; integer rows and columns broadcast to (B, H, W)."""
+    count, channels, height, width = images.shape
+    index = (rows.clamp(-1, height) + 1) * (width + 2) + (columns.clamp(-1, width) + 1)
+    index = index.long().view(count, 1, -1).expand(-1, channels, -1)
+    return F.pad(images, (1, 1, 1, 1)).flatten(2).gather(2, index).view_as(images)
+
+
+def crop_and_flip(images: Tensor, crop: Tensor) -> Tensor:
+    """Shift and mirror. crop (B, 3): top and left corner in 0..8 of the image padded by 4, black; mirrored (0 or 1)."""
+    height, width = images.shape[2:]
+    top, left, flip = crop.int().view(-1, 3, 1, 1).unbind(1)
+    y = torch.arange(height, dtype=torch.int32, device=images.device).view(-1, 1)
+    x = torch.arange(width, dtype=torch.int32, device=images.device)
+    return _pick(images, y + (top - PADDING), torch.where(flip > 0, width - 1 - x, x) + (left - PADDING))
+
+
+def rotate_nearest(images: Tensor, matrix: Tensor) -> Tensor:
+    """Pillow's transform(AFFINE, matrix, NEAREST), black outside; matrix int32 (B, 6) from `fixed_point`."""
+    height, width = images.shape[2:]
+    a, b, c, d, e, f = matrix.view(-1, 6, 1, 1).unbind(1)
+    y = torch.arange(height, dtype=torch.int32, device=images.device).view(-1, 1)
+    x = torch.arange(width, dtype=torch.int32, device=images.device)
+    return _pick(images, (d * x + (e * y + f)) >> 16, (a * x + (b * y + c)) >> 16)
+
+
+def fixed_point(matrix: Tensor) -> Tensor:
+    """Pillow's form for NEAREST: units of 2**-16 and the half pixel added to the offset. float64 (B, 6) -> int32."""
+    a, b, c, d, e, f = matrix.unbind(1)
+    centred = torch.stack([a, b, c + a * 0.5 + b * 0.5, d, e, f + d * 0.5 + e * 0.5], 1)
+    return torch.floor(centred * 65536 + 0.5).int()
+
+
+# Preprocessing (Sec. 4)
+
+
+def colour_jitter(images: Tensor, order: Tensor, factors: Tensor) -> Tensor:
+    """Brightness (0), contrast (1), saturation (2), in each image's order (B, 3) with its factors (B, 3).
+
+    Each is Pillow's blend f x + (1 - f) other, truncated to a level, with black, the mean grey or each pixel's grey as
+    `other`. All values on the way are whole numbers below 2**24, so float32 is exact. uint8 -> uint8 (B, 3, H, W).
+    """
+    x = images.float()
+    for kind in order.long().view(-1, 3, 1, 1).unbind(1):
+        grey = 19595 * x[:, :1] + 38470 * x[:, 1:2] + 7471 * x[:, 2:]
+        grey = ((grey + 32768) * 2**-16).floor()
+        mean = (grey.mean((2, 3), keepdim=True) + 0.5).floor()
+        other = torch.where(kind.unsqueeze(1) == 2, grey, torch.where(kind.unsqueeze(1) == 1, mean, 0.0))
+        factor = factors.gather(1, kind.view(-1, 1)).view(-1, 1, 1, 1)
+        x = (x - other).mul_(factor).add_(other).clamp_(0, 255).floor_()
+    return x.to(torch.uint8)
+
+
+def draw_preprocessing(draws: Draws, count: int, size: int, hflip: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `apply_preprocessing` takes for `count` images of size x size: crop, order, factors, matrix."""
+    corner = draws.integers((count, 2), 0, 2 * PADDING + 1)
+    mirrored = draws.integers((count, 1), 0, 2) if hflip else torch.zeros(count, 1, dtype=torch.int64)
+    order = torch.tensor(JITTER_ORDERS)[draws.integers((count,), 0, len(JITTER_ORDERS))]
+    degrees = draws.uniform((count,), -DEGREES, DEGREES, host=True)
+    matrix = fixed_point(rotation_matrix(degrees, size))
+    factors = draws.uniform((count, 3), 1 - JITTER, 1 + JITTER)
+    crop = torch.cat([corner, mirrored], 1)
+    crop, order, matrix = (values.to(draws.place, non_blocking=True) for values in (crop, order, matrix))
+    return crop, order, factors, matrix
+
+
+def apply_preprocessing(images: Tensor, crop: Tensor, order: Tensor, factors: Tensor, matrix: Tensor) -> Tensor:
+    """Crop, mirror, colour jitter, rotation; draws nothing. uint8 (B, 3, H, W) -> the same."""
+    return rotate_nearest(colour_jitter(crop_and_flip(images, crop), order, factors), matrix)
+
+
+def preprocess(images: Tensor, hflip: bool, generator: torch.Generator | Draws | None = None) -> Tensor:
+    """Sec. 4's preprocessing: random crop with padding 4, mirroring (if hflip), colour jitter 0.25, rotation up to 2
+    degrees (nearest, black), as torchvision's transforms do on Pillow images. uint8 (B, 3, S, S) -> the same."""
+    check_levels(images)
+    draws = as_draws(generator, images)
+    return apply_preprocessing(images, *draw_preprocessing(draws, images.shape[0], images.shape[2], hflip))
+
+
+# MAGNMA's perturbations (Sec. 3 (a) and (b), Algorithm 1)
+
+
+@torch.no_grad()
+def gaussian_noise(x: Tensor, sigma_max: float, generator: torch.Generator | Draws | None = None) -> Tensor:
+    """x + delta, delta ~ N(0, sigma^2 I), sigma ~ U(0, sigma_max) per image, not clipped. (B, 3, H, W) -> the same."""
+    if not sigma_max >= 0:
+        raise ValueError(f"sigma_max {sigma_max}: must be zero or more")
+    draws = as_draws(generator, x)
+    sigma = sigma_max * draws.uniform((x.shape[0], 1, 1, 1))
+    delta = draws.normal(x.shape).mul_(sigma)
+    return x + delta
+
+
+@torch.no_grad()
+def mixed_augmentation(x: Tensor, beta: float, generator: torch.Generator | Draws | None = None) -> Tensor:
+    """x_a(w) = w x + (1 - w) T_a(x), a ~ U(A), level u ~ U{1..10}, w ~ Beta(beta, beta). [0, 1] -> [0, 1]."""
+    if not beta > 0:
+        raise ValueError(f"beta {beta}: must be above zero")
+    draws = as_draws(generator, x)
+    a = draws.integers((x.shape[0],), 0, A_SIZE)
+    u = draws.integers((x.shape[0],), 1, 11)
+    w = draws.beta((x.shape[0], 1, 1, 1), beta)
+    return w * x + (1 - w) / 255 * operate(to_levels(x), a, u).float()
+
+
+def to_levels(x: Tensor) -> Tensor:
+    """The nearest of 256 levels: [0, 1] -> uint8."""
+    return (x * 255).round_().clamp_(0, 255).to(torch.uint8)
+
+
+# AugMix (Hendrycks et al., 2020)
+
+
+def operate(images: Tensor, op: Tensor, v: Tensor) -> Tensor:
+    """Apply to each image its operation, an index into OPERATIONS (any other leaves it), at level |v| in [0, 10].
+
+    images uint8 (B, 3, S, S); op, v (B,) on the host. AugMix's scale: 4 - floor(4 |v| / 10) bits, solarize at
+    256 - floor(256 |v| / 10), floor(30 |v| / 10) degrees, shear 0.3 |v| / 10, floor(S / 3 |v| / 10) pixels;
+    the sign of v is the direction of the last three.
+    """
+    device, size = images.device, images.shape[2]
+    v = v.double()
+    bits, threshold = 4 - (4 * v.abs() / 10).floor(), 256 - (256 * v.abs() / 10).floor()
+    result = images.clone()
+
+    def rows_of(chosen: Tensor) -> Tensor:
+        return chosen.nonzero().squeeze(1)
+
+    for index, operation, level in (
+        (AUTOCONTRAST, autocontrast, None),
+        (EQUALIZE, equalize, None),
+        (POSTERIZE, posterize, bits),
+        (SOLARIZE, solarize, threshold),
+    ):
+        rows = rows_of(op == index)
+        if len(rows):
+            there = rows.to(device, non_blocking=True)
+            levels = () if level is None else (level[rows].int().to(device, non_blocking=True),)
+            result[there] = operation(images[there], *levels)
+    rows = rows_of((op >= ROTATE) & (op <= TRANSLATE_Y))
+    if len(rows):
+        there = rows.to(device, non_blocking=True)
+        result[there] = affine(images[there], _augmix_matrix(op[rows], v[rows], size))
+    return result
+
+
+def _augmix_matrix(op: Tensor, v: Tensor, size: int) -> Tensor:
+    """The matrices (B, 6) of AugMix's geometric operations, op and v as in `operate`."""
+    degrees, shear = (30 * v / 10).trunc(), 0.3 * v / 10
+    pixels = (size / 3 * v / 10).trunc()
+    one, zero = torch.ones_like(v), torch.zeros_like(v)
+    x_shift, y_shift = torch.where(op == TRANSLATE_X, pixels, 0), torch.where(op == TRANSLATE_Y, pixels, 0)
+    x_shear, y_shear = torch.where(op == SHEAR_X, shear, zero), torch.where(op == SHEAR_Y, shear, zero)
+    matrix = torch.stack([one, x_shear, x_shift, y_shear, one, y_shift], 1)
+    return torch.where((op == ROTATE).unsqueeze(1), rotation_matrix(degrees, size), matrix)
+
+
+@torch.no_grad()
+def augmix(
+    x: Tensor, generator: torch.Generator | Draws | None = None, *, width: int = 3, depth: int = 3, severity: float = 3
+) -> Tensor:
+    """(1 - m) x + m sum_i w_i chain_i(x), m ~ Beta(1, 1), w ~ Dirichlet(1): `width` chains of 1 to `depth` operations.
+
+    Each operation is one of nine at a level v ~ U(0.1, severity), with a random sign; its result is rounded down to
+    uint8, chains are mixed in float. [0, 1] (B, 3, S, S) -> the same.
+    """
+    draws, count = as_draws(generator, x), x.shape[0]
+    length = draws.integers((count, width, 1), 1, depth + 1)
+    op = draws.integers((count, width, depth), 0, len(OPERATIONS))
+    v = draws.uniform((count, width, depth), 0.1, severity, host=True)
+    v = v * (2 * draws.integers((count, width, depth), 0, 2) - 1)
+    op = torch.where(torch.arange(depth) < length, op, -1)
+    op, v = op.transpose(0, 1).reshape(-1, depth), v.transpose(0, 1).reshape(-1, depth)  # chain by chain
+    weights = draws.dirichlet((count, width))
+    m = draws.uniform((count, 1, 1, 1))
+
+    chains = to_levels(x).repeat(width, 1, 1, 1)
+    for step in range(depth):
+        chains = operate(chains, op[:, step], v[:, step])
+    mixed = (1 - m) * x
+    for i, chain in enumerate(chains.split(count)):
+        mixed.addcmul_(m / 255 * weights[:, i].view(-1, 1, 1, 1), chain.float())
+    return mixed
