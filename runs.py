@@ -275,7 +275,7 @@ def versions() -> dict[str, str]:
 
     return {
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "numpy": np.__version__,
         "scipy": scipy.__version__,
         "cuda": torch.version.cuda or "none",
