@@ -15,6 +15,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
+from typing import IO
 
 from tqdm import tqdm
 
@@ -44,22 +45,20 @@ def fetch(url: str, path: str | Path, size: int, md5: str, progress: bool = True
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise OSError(f"{part} is being downloaded by another process; wait for it") from None
-        if file.tell() > size:
+        if _length(file) > size:
             file.truncate(0)
-        free = shutil.disk_usage(path.parent).free
-        if free < size - file.tell():
-            needed = (size - file.tell()) / 1e9
-            raise OSError(f"{path.parent} has {free / 1e9:.1f} GB free, {path.name} needs {needed:.1f} GB; make room")
-        if file.tell() < size:
-            try:
+        needed, free = size - _length(file), shutil.disk_usage(path.parent).free
+        if free < needed:
+            have = f"{path.parent} has {free / 1e9:.1f} GB free"
+            raise OSError(f"{have}, {path.name} needs {needed / 1e9:.1f} GB; make room")
+        try:
+            if needed:
                 _receive(url, file, size, progress)
-            except (OSError, http.client.HTTPException) as error:
-                file.flush()
-                have = os.fstat(file.fileno()).st_size
-                reason = str(error) or type(error).__name__
-                raise OSError(
-                    f"downloading {url} stopped at {have:,} of {size:,} bytes ({reason}); the same command resumes"
-                ) from error
+        except (OSError, http.client.HTTPException) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise OSError(
+                f"downloading {url} stopped at {_length(file):,} of {size:,} bytes ({reason}); the same command resumes"
+            ) from error
         file.flush()
         os.fsync(file.fileno())
         if (found := _md5(part)) != md5:
@@ -68,18 +67,19 @@ def fetch(url: str, path: str | Path, size: int, md5: str, progress: bool = True
         os.replace(part, path)
 
 
-def _receive(url: str, file: io.BufferedWriter, size: int, progress: bool) -> None:
+def _receive(url: str, file: IO[bytes], size: int, progress: bool) -> None:
     """Append the bytes that `file` lacks. OSError or HTTPException when they do not come."""
-    have = file.tell()
+    have = _length(file)
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
-        if have and not (response.status == 206 and response.headers["Content-Range"].startswith(f"bytes {have}-")):
-            file.truncate(0)  # this server does not resume
+        if response.status == 206 and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+            raise OSError("the server sends another part than the one asked for")
+        if response.status != 206 and have:  # this server does not resume
+            file.truncate(0)
             have = 0
-        bar = tqdm(total=size, initial=have, unit="B", unit_scale=True, desc=Path(file.name).stem,
-                   disable=None if progress else True)
-        with bar:
-            while chunk := response.read(min(CHUNK_BYTES, size - have + 1)):
+        name, quiet = Path(file.name).stem, None if progress else True
+        with tqdm(total=size, initial=have, unit="B", unit_scale=True, desc=name, disable=quiet) as bar:
+            while chunk := response.read(CHUNK_BYTES):
                 if (have := have + len(chunk)) > size:
                     file.truncate(0)
                     raise OSError("the server sends more than the file should have")
@@ -87,6 +87,11 @@ def _receive(url: str, file: io.BufferedWriter, size: int, progress: bool) -> No
                 bar.update(len(chunk))
     if have < size:
         raise OSError("the connection ended early")
+
+
+def _length(file: IO[bytes]) -> int:
+    file.flush()
+    return os.fstat(file.fileno()).st_size
 
 
 def _md5(path: Path) -> str:

@@ -30,7 +30,7 @@ CLASSES = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.data
 
 
 def write_cifar(root: Path, name: str = "cifar10", n: int = 2, python2: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """An official folder with n random images a batch; returns images (N, 3, 32, 32) and labels, the test batch last."""
+    """An official folder with n random images a batch; returns images (N, 3, 32, 32) and labels, test batch last."""
     cifar, rng = CLASSES[name], np.random.default_rng(0)
     folder = root / cifar.base_folder
     folder.mkdir(parents=True)
