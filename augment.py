@@ -26,6 +26,7 @@ AUTOCONTRAST, EQUALIZE, POSTERIZE, SOLARIZE, ROTATE, SHEAR_X, SHEAR_Y, TRANSLATE
 JITTER = 0.25  # Sec. 4: colour jitter, factors in [1 - JITTER, 1 + JITTER]
 DEGREES = 2.0  # Sec. 4: rotation, angles in [-DEGREES, DEGREES]
 PADDING = 4
+CHUNK = 64  # images that a CPU works on at a time: their float32 values take 768 KB
 JITTER_ORDERS = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))  # brightness, contrast, saturation
 
 
@@ -114,6 +115,14 @@ def as_draws(generator: torch.Generator | Draws | None, x: Tensor) -> Draws:
     if not isinstance(generator, Draws):
         generator = Draws(generator, generator)
     return replace(generator, place=x.device)
+
+
+def in_cache(function: Callable[..., Tensor], images: Tensor, *arguments: Tensor) -> Tensor:
+    """function(images, *arguments), on a CPU in pieces of CHUNK images, whose values on the way stay in its cache."""
+    if images.device.type != "cpu" or len(images) <= CHUNK:
+        return function(images, *arguments)
+    pieces = zip(*(values.split(CHUNK) for values in (images, *arguments)), strict=True)
+    return torch.cat([function(*piece) for piece in pieces])
 
 
 # Operations on levels: one level per image, bit for bit Pillow's ImageOps
@@ -277,7 +286,7 @@ def preprocess(images: Tensor, hflip: bool, generator: torch.Generator | Draws |
     degrees (nearest, black), as torchvision's transforms do on Pillow images. uint8 (B, 3, S, S) -> the same."""
     check_levels(images)
     draws = as_draws(generator, images)
-    return apply_preprocessing(images, *draw_preprocessing(draws, images.shape[0], images.shape[2], hflip))
+    return in_cache(apply_preprocessing, images, *draw_preprocessing(draws, *images.shape[::2][:2], hflip))
 
 
 # MAGNMA's perturbations (Sec. 3 (a) and (b), Algorithm 1)
@@ -290,7 +299,7 @@ def gaussian_noise(x: Tensor, sigma_max: float, generator: torch.Generator | Dra
         raise ValueError(f"sigma_max {sigma_max}: must be zero or more")
     draws = as_draws(generator, x)
     sigma = sigma_max * draws.uniform((x.shape[0], 1, 1, 1))
-    return draws.normal(x.shape).mul_(sigma).add_(x)
+    return draws.normal(x.shape).to(x.dtype).mul_(sigma).add_(x)
 
 
 @torch.no_grad()
@@ -302,7 +311,12 @@ def mixed_augmentation(x: Tensor, beta: float, generator: torch.Generator | Draw
     a = draws.integers((x.shape[0],), 0, A_SIZE)
     u = draws.integers((x.shape[0],), 1, 11)
     w = draws.beta((x.shape[0], 1, 1, 1), beta)
-    return operate(to_levels(x), a, u).float().mul_((1 - w) / 255).addcmul_(w, x)
+    return in_cache(mix, x, w, operate(in_cache(to_levels, x), a, u))
+
+
+def mix(x: Tensor, w: Tensor, levels: Tensor) -> Tensor:
+    """w x + (1 - w) levels / 255. [0, 1], (B, 1, 1, 1), uint8 -> [0, 1]."""
+    return levels.to(x.dtype).mul_((1 - w) / 255).addcmul_(w, x)
 
 
 def to_levels(x: Tensor) -> Tensor:
@@ -337,11 +351,11 @@ def operate(images: Tensor, op: Tensor, v: Tensor) -> Tensor:
     matrix = _augmix_matrix(op[len(op) - len(moved) :], moved, images.shape[2])
     results = [
         idle,
-        autocontrast(to_stretch),
-        equalize(to_flatten),
-        posterize(to_coarsen, bits),
-        solarize(to_invert, threshold),
-        affine(to_move, matrix),
+        in_cache(autocontrast, to_stretch),
+        in_cache(equalize, to_flatten),
+        in_cache(posterize, to_coarsen, bits),
+        in_cache(solarize, to_invert, threshold),
+        in_cache(affine, to_move, matrix),
     ]
     return torch.cat(results).index_select(0, order.argsort().to(device, non_blocking=True))
 
@@ -376,10 +390,15 @@ def augmix(
     weights = draws.dirichlet((count, width))
     m = draws.uniform((count, 1, 1, 1))
 
-    chains = to_levels(x).repeat(width, 1, 1, 1)
+    chains = in_cache(to_levels, x).repeat(width, 1, 1, 1)
     for step in range(depth):
         chains = operate(chains, op[:, step], v[:, step])
+    return in_cache(mix_chains, x, m, weights, chains.view(width, *x.shape).transpose(0, 1))
+
+
+def mix_chains(x: Tensor, m: Tensor, weights: Tensor, chains: Tensor) -> Tensor:
+    """(1 - m) x + m sum_i w_i chain_i / 255. [0, 1], (B, 1, 1, 1), (B, width), uint8 (B, width, 3, S, S) -> [0, 1]."""
     mixed = (1 - m) * x
-    for i, chain in enumerate(chains.split(count)):
-        mixed.addcmul_(m / 255 * weights[:, i].view(-1, 1, 1, 1), chain.float())
+    for w, chain in zip(weights.unbind(1), chains.unbind(1), strict=True):
+        mixed.addcmul_(m / 255 * w.view(-1, 1, 1, 1), chain.float())
     return mixed
