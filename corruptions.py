@@ -16,7 +16,6 @@ Only light libraries are imported here, since every worker process imports this 
 
 import functools
 import importlib.metadata
-import importlib.util
 import io
 import sys
 from collections.abc import Callable
@@ -135,22 +134,17 @@ def plasma(u: np.ndarray, decay: float) -> np.ndarray:
     Every new point is the mean of its four neighbours plus wibble * U(-wibble, wibble).
     """
     p = np.zeros((len(u), SIDE, SIDE))
-    used, wibble, step = 0, 100.0, SIDE
-    while step >= 2:
+    wibble = 100.0
+    for step in (32, 16, 8, 4, 2):
         half, cells = step // 2, SIDE // step
+        noise, u = np.split(u, [3 * cells**2], axis=1)
+        noise = wibble * wibble * (2 * noise.reshape(-1, 3, cells, cells) - 1)
         corners, centres = p[:, ::step, ::step], p[:, half::step, half::step]
-        above, left = p[:, ::step, half::step], p[:, half::step, ::step]  # middles of the cells' upper and left sides
-
-        def new(neighbours, used=used, wibble=wibble, cells=cells):
-            chance = u[:, used : used + cells**2].reshape(-1, cells, cells)
-            return neighbours / 4 + wibble * wibble * (2 * chance - 1)
-
-        rows = corners + np.roll(corners, -1, axis=1)
-        centres[:] = new(rows + np.roll(rows, -1, axis=2))
-        columns = corners + np.roll(corners, -1, axis=2)
-        above[:] = new(columns + centres + np.roll(centres, 1, axis=1), used + cells**2)
-        left[:] = new(rows + centres + np.roll(centres, 1, axis=2), used + 2 * cells**2)
-        used, wibble, step = used + 3 * cells**2, wibble / decay, half
+        across, down = corners + np.roll(corners, -1, axis=2), corners + np.roll(corners, -1, axis=1)
+        centres[:] = (across + np.roll(across, -1, axis=1)) / 4 + noise[:, 0]
+        p[:, ::step, half::step] = (across + centres + np.roll(centres, 1, axis=1)) / 4 + noise[:, 1]
+        p[:, half::step, ::step] = (down + centres + np.roll(centres, 1, axis=2)) / 4 + noise[:, 2]
+        wibble /= decay
     p -= p.min(axis=(1, 2), keepdims=True)
     return p / p.max(axis=(1, 2), keepdims=True)
 
@@ -161,13 +155,16 @@ def frost_photographs() -> list[np.ndarray]:
 
     Raises ValueError when the package that ships them is not installed; it is only looked up, never imported.
     """
-    spec = importlib.util.find_spec(FROST_PACKAGE)
-    folder = Path(spec.submodule_search_locations[0]) / "frost" if spec else Path("frost")
-    photographs = [cv2.imread(str(folder / name)) if (folder / name).is_file() else None for name in FROST_FILES]
-    if spec is None or any(photograph is None for photograph in photographs):
+    try:
+        package = importlib.metadata.distribution(FROST_PACKAGE)
+        paths = [Path(package.locate_file(f"{FROST_PACKAGE}/frost/{file}")) for file in FROST_FILES]
+    except importlib.metadata.PackageNotFoundError:
+        paths = []
+    photographs = [cv2.imread(str(path)) for path in paths if path.is_file()]
+    if len(photographs) < len(FROST_FILES):
         raise ValueError(
-            f"frost needs the photographs of the package {FROST_PACKAGE}; run: "
-            f"{Path(sys.executable).name} -m pip install --no-deps {FROST_PACKAGE}==1.1.2"
+            f"frost needs the photographs of the package {FROST_PACKAGE}; get them with: "
+            f"python -m pip install --no-deps {FROST_PACKAGE}==1.1.2"
         )
     return [cv2.resize(photograph, (0, 0), fx=0.2, fy=0.2)[..., ::-1] for photograph in photographs]
 

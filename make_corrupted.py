@@ -68,7 +68,7 @@ def generate(
             clear(folder)
         for leftover in folder.glob(".*.tmp"):  # of a killed process
             leftover.unlink()
-        record["files"] = whole_files(folder, record)
+        record["files"] = whole_files(folder, record, names)
         todo = [name for name in names if f"{name}.npy" not in record["files"]]
         if "labels.npy" not in record["files"]:
             publish(folder, "labels.npy", np.tile(labels.astype(np.uint8), len(SEVERITIES)), record)
@@ -151,17 +151,18 @@ def publish(folder: Path, file: str, array: np.ndarray, record: dict) -> None:
     np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
     digest = hashlib.sha256(header.getvalue())
     digest.update(array.data)
-    record["files"][file] = digest.hexdigest()
+    record["files"] = dict(sorted({**record["files"], file: digest.hexdigest()}.items()))
     runs.write_json(folder / "generated.json", record)
     with runs.atomic_write(folder / file) as out:
         out.write(header.getvalue())
         out.write(array.data)
 
 
-def whole_files(folder: Path, record: dict) -> dict[str, str]:
+def whole_files(folder: Path, record: dict, names: list[str]) -> dict[str, str]:
     """The files of an earlier, equal call that are there whole, with their SHA-256.
 
-    Raises ValueError when what is in the folder was made otherwise than `record` says.
+    Raises ValueError when what is in the folder was made otherwise than `record` says; other versions of the libraries
+    matter only where some of `names` must still be made.
     """
     import runs
 
@@ -178,7 +179,7 @@ def whole_files(folder: Path, record: dict) -> dict[str, str]:
     if old.get("seed") != record["seed"]:
         raise ValueError(f"{folder} was made with seed {old.get('seed')}, not {record['seed']}; {remedy}")
     whole = verified(folder, old)
-    if old.get("versions") != record["versions"] and set(whole) != set(FILES):
+    if old.get("versions") != record["versions"] and not whole.keys() >= {f"{name}.npy" for name in names}:
         raise ValueError(f"{folder} was begun with other versions of the libraries; {remedy}")
     return whole
 
@@ -188,8 +189,8 @@ def verified(folder: Path, record: dict) -> dict[str, str]:
     import runs
 
     files = record.get("files")
-    if not isinstance(files, dict):
-        raise ValueError(f"the record in {folder} lists no files; --overwrite makes the set anew")
+    if not isinstance(files, dict) or not all(isinstance(digest, str) for digest in files.values()):
+        raise ValueError(f"the record in {folder} lists no files with their SHA-256; --overwrite makes the set anew")
     there = [file for file in FILES if file in files and (folder / file).is_file()]
     return {file: files[file] for file in there if runs.sha256(folder / file) == files[file]}
 
