@@ -47,8 +47,9 @@ def improvement(
     said = f"{gain:.2f}"
     if len(gains) < len(archs):
         return f"{said} ({len(gains)} of {len(archs)} architectures)", None
-    half_a_digit = 0.5 * 10.0 ** -len(str(stated).split(".")[1]) + 1e-9
-    return said, abs(gain - stated) <= half_a_digit if exact else gain >= stated - SLACK
+    half_a_digit = 0.5 * 10.0 ** -len(str(stated).split(".")[1])
+    short = abs(gain - stated) - half_a_digit if exact else stated - SLACK - gain
+    return said, short < 1e-9
 
 
 def present(look: Look, dataset: str, arch: str, columns: tuple[str, ...], metric: str) -> dict[str, float]:

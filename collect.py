@@ -17,8 +17,14 @@ from losses import METHODS
 from models import ARCHS
 
 Key = tuple[str, str, str, str]
-KNOWN = {"dataset": DATASETS, "arch": tuple(ARCHS), "method": tuple(METHODS)}
-SOURCES = {"data_source": str, "corruption_source": str, "train_images": int, "test_images": int}
+KNOWN = {
+    "dataset": DATASETS,
+    "arch": tuple(ARCHS),
+    "method": tuple(METHODS),
+    "data_source": ("official", "unofficial copy", "embedded"),
+    "corruption_source": ("official", "generated", "unverified"),
+}
+COUNTS = ("train_images", "test_images")
 # What train.py records beside the training itself
 NOT_TRAINING = ("dataset", "arch", "method", "seed", "tag", "data", "out", "device", "amp", "compile", "resume",
                 "overwrite", "max_minutes", "stands_for")  # fmt: skip
@@ -39,9 +45,9 @@ RECIPE = {
 # Reading
 
 
-def is_number(value: object, high: float = math.inf) -> bool:
-    """Is it an int or float (no bool, no NaN) from 0 to `high`, and finite?"""
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= high and value < math.inf
+def is_number(value: object, high: float = 1e300) -> bool:
+    """Is it an int or float (no bool, no NaN) from 0 to `high`?"""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= high
 
 
 def check_results(content: dict) -> None:
@@ -57,8 +63,10 @@ def check_results(content: dict) -> None:
 
     for name, known in KNOWN.items():
         require(content.get(name) in known, name, content.get(name), f"one of {', '.join(known)}")
-    for name, kind in (SOURCES | {"seed": int, "hparams": dict}).items():
-        require(type(content.get(name)) is kind, name, content.get(name), f"of type {kind.__name__}")
+    for name in (*COUNTS, "seed"):
+        good = type(content.get(name)) is int and content[name] >= 0
+        require(good, name, content.get(name), "a whole number")
+    require(isinstance(content.get("hparams"), dict), "hparams", content.get("hparams"), "an object")
     limit, stands_for = content.get("limit"), content.get("stands_for")
     require(limit is None or (type(limit) is int and limit > 0), "limit", limit, "null or a number of images")
     places = [None, *(f"{d}/{a}" for d in KNOWN["dataset"] for a in KNOWN["arch"])]
@@ -149,7 +157,7 @@ def group_runs(found: dict[Path, dict], dataset: str = "cifar10", arch: str = "r
     groups: dict[str, Group] = {}
     for path, content in found.items():
         hparams = {name: value for name, value in content["hparams"].items() if name not in NOT_TRAINING}
-        shared = {name: content.get(name) for name in (*KNOWN, *SOURCES, "limit", "stands_for")}
+        shared = {name: content.get(name) for name in (*KNOWN, *COUNTS, "limit", "stands_for")}
         shared = hparams | shared
         names = (content.get("stands_for") or f"{content['dataset']}/{content['arch']}").split("/")
         place = [taken.get(name, None if name in taken.values() else name) for name in names]
@@ -180,7 +188,7 @@ def departures(shared: dict, method: str = "") -> list[str]:
 
 def setting_of(shared: dict) -> tuple:
     """What methods must have in common to be compared: all of `departures` that is not their own, data and network."""
-    return (*departures(shared), *(shared[name] for name in ("dataset", "arch", *SOURCES)))
+    return (*departures(shared), *(shared[name] for name in (*KNOWN, *COUNTS) if name != "method"))
 
 
 def choose(groups: list[Group]) -> tuple[dict[tuple, Group], dict[tuple, list[str]]]:

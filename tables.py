@@ -10,6 +10,7 @@ Reads every results.json below the given folder (collect.py). The published numb
 exit code is 1 when a results.json was skipped because it is damaged or of an older form; each is named.
 """
 
+import argparse
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -135,16 +136,15 @@ def _whom(concerned: list[Group], groups: list[Group], names: dict[str, str]) ->
     return "; ".join(parts)
 
 
-def footer_of(groups: Iterable[Group], names: dict[str, str], checkpoint: str) -> str:
+def footer_of(groups: list[Group], names: dict[str, str], checkpoint: str) -> str:
     """What must be known below a figure of our runs, in a line: checkpoint, data, departures from the recipe."""
-    said: dict[str, None] = {}
-    for group in groups:
-        shared, seeds = group.shared, len(group.seeds)
-        said |= {f"{seeds} {'seed' if seeds == 1 else 'seeds'}": None}
-        said[f"{names[shared['dataset']]} ({shared['data_source']}), {shared['corruption_source']} corruptions"] = None
+    said = []
+    for shared, seeds in ((group.shared, len(group.seeds)) for group in groups):
+        said.append(f"{names[shared['dataset']]} ({shared['data_source']}), {shared['corruption_source']} corruptions")
+        said.append(f"{seeds} seed{'' if seeds == 1 else 's'}")
         own = [f"{names.get(shared['method'], 'MAGNMA')} {text}" for text in departures(shared, shared["method"])]
-        said |= dict.fromkeys(departures(shared) + own)
-    return f"Our runs, {checkpoint}.pt; {'; '.join(said)}."
+        said += departures(shared) + own
+    return f"Our runs, {checkpoint}.pt; {'; '.join(dict.fromkeys(said)) or 'none yet'}."
 
 
 # Output
@@ -188,7 +188,25 @@ def _latex(title: str, header: list[str], rows: list[list[str]], notes: list[str
     ])  # fmt: skip
 
 
-def parse_args(argv: list[str] | None) -> object:
+def draw_figures(
+    args: argparse.Namespace, theirs: dict[Key, Cell], ours: dict[Key, Cell], chosen: dict[tuple, Group],
+    names: dict[str, str],
+) -> list[Path]:  # fmt: skip
+    """Draw the figures of `args.source` into `args.figures`; the paths. Raises ValueError without matplotlib."""
+    try:
+        import figures
+    except ImportError as error:
+        name = error.name or "matplotlib"
+        raise ValueError(f"--figures needs the package {name}; install it: pip install {name}") from None
+    picture = figures.load_picture(args.image, args.data)
+    if args.source == "paper":
+        return figures.draw_all(Path(args.figures), theirs, None, picture, names, "The paper's numbers.")
+    really = names | {"cifar10": names[args.dataset], "resnet18": names[args.arch]}
+    bins, footer = reliability_bins(chosen, args.checkpoint), footer_of(list(chosen.values()), names, args.checkpoint)
+    return figures.draw_all(Path(args.figures), ours, bins, picture, really, footer)
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The flags. Raises ValueError naming the flag."""
     parser = runs.Parser(description="The paper's tables and figures from our runs, beside the published numbers.")
     add = parser.add_argument
@@ -244,19 +262,7 @@ def main(argv: list[str] | None = None) -> int:
         header, rows = significance_rows(values, settings, names)
         show(TESTS, header, rows, values, 3)
     if args.figures:
-        try:
-            import figures
-        except ImportError as error:
-            name = error.name or "matplotlib"
-            raise ValueError(f"--figures needs the package {name}; install it: pip install {name}") from None
-        picture = figures.load_picture(args.image, args.data)
-        if args.source == "paper":
-            written = figures.draw_all(Path(args.figures), theirs, None, picture, names, "The paper's numbers.")
-        else:
-            real = names | {"cifar10": names[args.dataset], "resnet18": names[args.arch]}
-            bins, footer = reliability_bins(chosen, args.checkpoint), footer_of(chosen.values(), names, args.checkpoint)
-            written = figures.draw_all(Path(args.figures), ours, bins, picture, real, footer)
-        print("\n".join(map(str, written)))
+        print("\n".join(map(str, draw_figures(args, theirs, ours, chosen, names))))
 
     for group in homeless:
         said = "{dataset}/{arch} {method}".format(**group.shared)
