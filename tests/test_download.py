@@ -315,10 +315,10 @@ BOMBS = {
 def test_a_bomb_costs_neither_time_nor_memory(tmp_path: Path, bomb: str) -> None:
     archive = tmp_path / "x.tar"
     archive.write_bytes(BOMBS[bomb])
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     with pytest.raises(ValueError, match=r"x.tar is not a sound archive \(.+\); delete it and download it again"):
         extract(archive, tmp_path / "set", ["set/a"])
-    assert time.monotonic() - start < 10
+    assert time.process_time() - start < 10
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024  # KB
     assert listing(tmp_path) == ["x.tar"]
 

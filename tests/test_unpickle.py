@@ -125,47 +125,56 @@ def opcodes(*parts: bytes) -> bytes:
 
 
 LONG = b"X" + struct.pack("<I", 10**6) + b"x" * 10**6
+SOUND = ""
 BOMBS = {
-    "memo index": opcodes(b"}r\xf0\xff\xff\xff."),
-    "bytes of 2**62": opcodes(b"\x8e" + struct.pack("<Q", 2**62) + b"abc."),
-    "bytes of 4 GB": opcodes(b"\x8e" + struct.pack("<Q", 2**32) + b"abc."),
-    "bytearray of 8 GB": opcodes(b"\x96" + struct.pack("<Q", 2**33) + b"abc."),
-    "frame": opcodes(b"\x95" + struct.pack("<Q", 2**40) + b"}."),
-    "one text encoded often": opcodes(
-        LONG, b"q\x00(", b"c_codecs\nencode\nh\x00X\x06\x00\x00\x00latin1\x86R" * 5000, b"t."
+    "memo index": (opcodes(b"}r\xf0\xff\xff\xff."), SOUND),  # pickle makes a table of that length
+    "frame": (opcodes(b"\x95" + struct.pack("<Q", 2**40) + b"}."), SOUND),
+    "nesting": (opcodes(b"}U\x01a", b"]" * 10_000, b"a" * 9_999, b"s."), SOUND),
+    "bytes of 2**62": (opcodes(b"\x8e" + struct.pack("<Q", 2**62) + b"abc."), "claims to be longer"),
+    "bytes of 4 GB": (opcodes(b"\x8e" + struct.pack("<Q", 2**32) + b"abc."), "claims to be longer"),
+    "bytearray of 8 GB": (opcodes(b"\x96" + struct.pack("<Q", 2**33) + b"abc."), "claims to be longer"),
+    "one text encoded often": (
+        opcodes(LONG, b"q\x00(", b"c_codecs\nencode\nh\x00X\x06\x00\x00\x00latin1\x86R" * 5000, b"t."),
+        "encodes one text again and again",
     ),
-    "key decoded often": opcodes(b"B", LONG[1:], b"q\x00(", b"}h\x00Ns" * 5000, b"t."),
-    "tuple as key": opcodes(b"}", b")", b"\x85q\x00h\x00\x86" * 60, b"Ns."),
-    "tuples as a global's name": opcodes(b")", b"q\x00h\x00\x86" * 60, b"q\x00h\x00\x93."),
-    "array of impossible shape": opcodes(
-        b"}U\x04datacnumpy._core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R(K\x01",
-        b"\x8a\x05\x00\x00\x00\x00\x01\x8a\x05\x00\x00\x00\x00\x01\x86cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R\x89U\x00tbs.",
+    "key decoded often": (opcodes(b"B", LONG[1:], b"q\x00(", b"}h\x00Ns" * 5000, b"t."), "a tuple, not a dict"),
+    "tuple as key": (opcodes(b"}", b")", b"\x85q\x00h\x00\x86" * 60, b"Ns."), "key that is no string"),
+    "tuples as a global's name": (opcodes(b")", b"q\x00h\x00\x86" * 60, b"q\x00h\x00\x93."), "a proper name"),
+    "array of impossible shape": (
+        opcodes(
+            b"}U\x04datacnumpy._core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R(K\x01\x8a\x05",
+            b"\x00\x00\x00\x00\x01\x8a\x05\x00\x00\x00\x00\x01\x86cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R\x89U\x00tbs.",
+        ),
+        "array of 0 bytes does not fit the shape",
     ),
-    "a million opcodes": opcodes(b"N" * 600_000, b"}."),
-    "nesting": opcodes(b"}U\x01a", b"]" * 10_000, b"a" * 9_999, b"s."),
-    "line without an end": opcodes(b"c" + b"a" * 2**20),
-    "string without quotes": opcodes(b"S" + b"\xff" * 2**20 + b"\n."),
-    "empty": b"",
-    "only a stop": b".",
-    "only a mark": b"(.",
-    "a list": opcodes(b"]."),
-    "marks out of order": opcodes(b"}NN(\x85\x85u."),
-    "more after the end": opcodes(b"}.x"),
+    "many opcodes": (opcodes(b"N" * 600_000, b"}."), "more opcodes than any batch"),
+    "line without an end": (opcodes(b"c" + b"a" * 2**20), "no newline"),
+    "long line": (opcodes(b"S" + b"\xff" * 2**20 + b"\n."), "no newline"),
+    "empty": (b"", "exhausted"),
+    "only a stop": (b".", "stack runs empty"),
+    "only a mark": (b"(.", "stack runs empty"),
+    "too few for a tuple": (opcodes(b"}N\x87."), "stack runs empty"),
+    "below a mark": (opcodes(b"}NN(\x87t."), "stack runs empty"),
+    "a list": (opcodes(b"]."), "a list, not a dict"),
+    "items of a tuple": (opcodes(b"}NN(\x85\x85u."), "no dict"),
+    "odd items": (opcodes(b"}(U\x01au."), "no dict"),
+    "append to a dict": (opcodes(b"}Na."), "no list"),
+    "more after the end": (opcodes(b"}.x"), "goes on after its end"),
 }
-HARMLESS = ("memo index", "frame", "nesting")  # sound to this reader, which keeps no table of that length
 
 
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_a_bomb_costs_neither_time_nor_memory(tmp_path: Path, bomb: str) -> None:
     file = tmp_path / "batch"
-    file.write_bytes(BOMBS[bomb])
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
-    if bomb in HARMLESS:
+    content, message = BOMBS[bomb]
+    file.write_bytes(content)
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    if message == SOUND:
         read_pickle(file)
     else:
-        with pytest.raises(ValueError, match=r"batch is not a sound CIFAR batch \(.{3,120}\); restore it"):
+        with pytest.raises(ValueError, match=rf"batch is not a sound CIFAR batch \(.*{message}.*\); restore it"):
             read_pickle(file)
-    assert time.monotonic() - start < 10
+    assert time.process_time() - start < 10
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400 * 1024  # KB
 
 
