@@ -159,10 +159,10 @@ def corrupted_sets(
     def read(corruption: str) -> tuple[str, list[Tensor]]:
         cells = []
         for severity in SEVERITIES:
-            images, cell_labels = load_corrupted(dataset.name, root, corruption, severity)
-            if not torch.equal(cell_labels[:limit], labels) or len(images) != len(dataset.test_labels):
+            images, cell_labels = load_corrupted(dataset.name, root, corruption, severity, limit)
+            if not torch.equal(cell_labels, labels):
                 raise ValueError(f"the labels of {corruption} under {root} are not those of {dataset.name}'s test set")
-            cells.append(images[:limit].clone())  # read from the disk here, not when it is used
+            cells.append(images)
         return corruption, cells
 
     with ThreadPoolExecutor(1) as reader:
