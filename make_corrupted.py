@@ -66,8 +66,9 @@ def generate(
     with runs.lock(folder), runs.StopRequest() as stop:
         if overwrite:
             clear(folder)
-        for leftover in folder.glob(".*.tmp"):  # of a killed process
-            leftover.unlink()
+        for file in (*FILES, "generated.json"):
+            for leftover in folder.glob(f".{file}.*.tmp"):  # of a killed process
+                leftover.unlink()
         record["files"] = whole_files(folder, record, names)
         todo = [name for name in names if f"{name}.npy" not in record["files"]]
         if "labels.npy" not in record["files"]:
