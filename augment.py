@@ -9,13 +9,12 @@ bit for bit, the geometric ones within one level on 99% of the values.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CPU = torch.device("cpu")
+from draws import Draws, as_draws
 
 # AugMix's nine operations; MAGNMA's set A is the first four, which map each level of an image to another level.
 OPERATIONS = ("autocontrast", "equalize", "posterize", "solarize")
@@ -28,93 +27,6 @@ DEGREES = 2.0  # Sec. 4: rotation, angles in [-DEGREES, DEGREES]
 PADDING = 4
 CHUNK = 64  # images that a CPU works on at a time: their float32 values take 768 KB
 JITTER_ORDERS = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))  # brightness, contrast, saturation
-
-
-# Draws
-
-
-@dataclass(frozen=True)
-class Draws:
-    """Where random numbers come from, and which share of a global batch's draws is ours.
-
-    host, device: the generators for discrete choices and for noise and weights; None is torch's global one.
-    start, count, total: this process holds the images [start, start + count) of a batch of `total`. Every draw is then
-    made for all `total` images and the share cut out, so that ranks and micro-batches that begin with equal generators
-    make together the very draws of one process. total None: the images at hand are all there are.
-    place: where device draws are delivered (a generator of another device draws there, and its numbers are moved).
-
-    The first dimension of a shape counts images, or n copies of them one after the other, as x.repeat(n, 1, 1, 1) does.
-    """
-
-    host: torch.Generator | None = None
-    device: torch.Generator | None = None
-    start: int = 0
-    count: int | None = None
-    total: int | None = None
-    place: torch.device = CPU
-
-    @classmethod
-    def seeded(
-        cls, seed: int, device: torch.device, *, start: int = 0, count: int | None = None, total: int | None = None
-    ) -> "Draws":
-        """Draws that depend on `seed` alone. On a CPU one generator serves both purposes, since two would be equal."""
-        host = torch.Generator().manual_seed(seed)
-        on_device = host if device.type == "cpu" else torch.Generator(device).manual_seed(seed)
-        return cls(host, on_device, start, count, total, device)
-
-    @torch.compiler.disable
-    def _draw(self, sample: Callable[..., Tensor], shape: tuple[int, ...], host: bool) -> Tensor:
-        """Our share of sample(global shape, generator, device). ValueError where the first size is not n * count."""
-        generator, place = (self.host, CPU) if host else (self.device, self.place)
-        device = place if generator is None else generator.device
-        if self.total is None:
-            return sample(tuple(shape), generator, device).to(place, non_blocking=True)
-        copies, rest = divmod(shape[0], self.count)
-        if rest:
-            raise ValueError(f"{shape[0]} images to draw for; expected copies of this share's {self.count} images")
-        whole = sample((copies * self.total, *shape[1:]), generator, device)
-        share = whole.view(copies, self.total, *shape[1:])[:, self.start : self.start + self.count]
-        return share.reshape(shape).to(place, non_blocking=True)
-
-    def uniform(self, shape: tuple[int, ...], low: float = 0.0, high: float = 1.0, *, host: bool = False) -> Tensor:
-        """U(low, high), float32."""
-        values = self._draw(lambda size, g, d: torch.rand(size, generator=g, device=d), shape, host)
-        return values if (low, high) == (0.0, 1.0) else low + (high - low) * values
-
-    def normal(self, shape: tuple[int, ...]) -> Tensor:
-        """N(0, 1), float32."""
-        return self._draw(lambda size, g, d: torch.randn(size, generator=g, device=d), shape, False)
-
-    def integers(self, shape: tuple[int, ...], low: int, high: int) -> Tensor:
-        """Uniform on {low, ..., high - 1}, int64, on the host."""
-        return self._draw(lambda size, g, d: torch.randint(low, high, size, generator=g, device=d), shape, True)
-
-    def dirichlet(self, shape: tuple[int, ...]) -> Tensor:
-        """Dirichlet(1, ..., 1) along the last dimension: normalised exponentials."""
-        e = self._draw(lambda size, g, d: torch.empty(size, device=d).exponential_(generator=g), shape, False)
-        return e / e.sum(-1, keepdim=True)
-
-    def beta(self, shape: tuple[int, ...], beta: float) -> Tensor:
-        """Beta(beta, beta), beta > 0: G1 / (G1 + G2) of two Gamma(beta) variables.
-
-        log Gamma(beta) is drawn as log Gamma(beta + 1) + log(U) / beta, which does not underflow for a small beta.
-        """
-        if beta == 1:
-            return self.uniform(shape)
-
-        def log_gamma(size: tuple[int, ...], g: torch.Generator | None, d: torch.device) -> Tensor:
-            gamma = torch._standard_gamma(torch.full(size, beta + 1.0, device=d), generator=g)
-            return gamma.log() + torch.log1p(-torch.rand(size, generator=g, device=d)) / beta
-
-        log_g = self._draw(log_gamma, (*shape, 2), False)
-        return torch.sigmoid(log_g[..., 0] - log_g[..., 1])
-
-
-def as_draws(generator: torch.Generator | Draws | None, x: Tensor) -> Draws:
-    """The Draws of a `generator` argument, delivering to x's device. A plain generator serves host and device draws."""
-    if not isinstance(generator, Draws):
-        generator = Draws(generator, generator)
-    return replace(generator, place=x.device)
 
 
 def in_cache(function: Callable[..., Tensor], images: Tensor, *arguments: Tensor) -> Tensor:
@@ -199,15 +111,22 @@ def affine(images: Tensor, matrix: Tensor) -> Tensor:
     """Pillow's transform(AFFINE, matrix, BILINEAR) with black outside. uint8 (B, 3, H, W), (B, 6) -> uint8."""
     check_levels(images)
     height, width = images.shape[2:]
-    matrix = matrix * torch.tensor([[2 / width] * 3 + [2 / height] * 3], device=matrix.device)  # grid_sample's units
+    matrix = matrix * matrix.new_tensor([2 / width] * 3 + [2 / height] * 3)  # grid_sample's units
     per_x, per_y, offset = matrix.float().to(images.device, non_blocking=True).view(-1, 2, 3, 1, 1).unbind(2)
-    x = torch.arange(width, device=images.device) + 0.5
-    y = torch.arange(height, device=images.device).view(-1, 1) + 0.5
-    source = per_x * x + (per_y * y + (offset - 1))  # (B, 2, H, W): x and y from -1 (first edge) to 1 (last edge)
+    y, x = _rows_and_columns(images)
+    # (B, 2, H, W): x and y of the source, from -1 (the image's first edge) to 1 (its last)
+    source = per_x * (x + 0.5) + (per_y * (y + 0.5) + (offset - 1))
     inside = (source + 2**-24).abs_().amax(1, keepdim=True).lt_(1)  # -1 <= source < 1
     values = F.grid_sample(images.float(), source.permute(0, 2, 3, 1), "bilinear", "border", align_corners=False)
     # Pillow truncates; 2**-10 lets what should be a whole level survive float32's rounding
     return to_uint8(values.add_(2**-10).mul_(inside))
+
+
+def _rows_and_columns(images: Tensor) -> tuple[Tensor, Tensor]:
+    """The row and column numbers of the pixels, int32 (H, 1) and (W,)."""
+    height, width = images.shape[2:]
+    rows = torch.arange(height, dtype=torch.int32, device=images.device)
+    return rows.view(-1, 1), torch.arange(width, dtype=torch.int32, device=images.device)
 
 
 def _pick(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -220,19 +139,15 @@ def _pick(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 def crop_and_flip(images: Tensor, crop: Tensor) -> Tensor:
     """Shift and mirror. crop (B, 3): top and left corner in 0..8 of the image padded by 4, black; mirrored (0 or 1)."""
-    height, width = images.shape[2:]
     top, left, flip = crop.int().view(-1, 3, 1, 1).unbind(1)
-    y = torch.arange(height, dtype=torch.int32, device=images.device).view(-1, 1)
-    x = torch.arange(width, dtype=torch.int32, device=images.device)
-    return _pick(images, y + (top - PADDING), torch.where(flip > 0, width - 1 - x, x) + (left - PADDING))
+    y, x = _rows_and_columns(images)
+    return _pick(images, y + (top - PADDING), torch.where(flip > 0, x.flip(0), x) + (left - PADDING))
 
 
 def rotate_nearest(images: Tensor, matrix: Tensor) -> Tensor:
     """Pillow's transform(AFFINE, matrix, NEAREST), black outside; matrix int32 (B, 6) from `fixed_point`."""
-    height, width = images.shape[2:]
     a, b, c, d, e, f = matrix.view(-1, 6, 1, 1).unbind(1)
-    y = torch.arange(height, dtype=torch.int32, device=images.device).view(-1, 1)
-    x = torch.arange(width, dtype=torch.int32, device=images.device)
+    y, x = _rows_and_columns(images)
     return _pick(images, (d * x + (e * y + f)) >> 16, (a * x + (b * y + c)) >> 16)
 
 
@@ -285,8 +200,8 @@ def preprocess(images: Tensor, hflip: bool, generator: torch.Generator | Draws |
     """Sec. 4's preprocessing: random crop with padding 4, mirroring (if hflip), colour jitter 0.25, rotation up to 2
     degrees (nearest, black), as torchvision's transforms do on Pillow images. uint8 (B, 3, S, S) -> the same."""
     check_levels(images)
-    draws = as_draws(generator, images)
-    return in_cache(apply_preprocessing, images, *draw_preprocessing(draws, *images.shape[::2][:2], hflip))
+    count, _, size, _ = images.shape
+    return in_cache(apply_preprocessing, images, *draw_preprocessing(as_draws(generator, images), count, size, hflip))
 
 
 # MAGNMA's perturbations (Sec. 3 (a) and (b), Algorithm 1)
@@ -333,42 +248,37 @@ def to_uint8(x: Tensor) -> Tensor:
 
 
 def operate(images: Tensor, op: Tensor, v: Tensor) -> Tensor:
-    """Apply to each image its operation, an index into OPERATIONS (any other leaves it), at level |v| in [0, 10].
+    """Apply to each image its operation, an index into OPERATIONS (-1: none), at level |v| in [0, 10].
 
     images uint8 (B, 3, S, S); op, v (B,) on the host. AugMix's scale: 4 - floor(4 |v| / 10) bits, solarize at
     256 - floor(256 |v| / 10), floor(30 |v| / 10) degrees, shear 0.3 |v| / 10, floor(S / 3 |v| / 10) pixels;
     the sign of v is the direction of the last three.
     """
-    device, order = images.device, op.argsort()  # the images one group after the other
+    order = op.argsort()  # the images of one group after those of another: none, four that map levels, geometry
     op, v = op[order], v[order].double()
     sizes = torch.bincount((op + 1).clamp(max=ROTATE + 1), minlength=ROTATE + 2).tolist()
-    idle, to_stretch, to_flatten, to_coarsen, to_invert, to_move = images.index_select(
-        0, order.to(device, non_blocking=True)
-    ).split(sizes)
-    *_, coarse, inverted, moved = v.split(sizes)
-    bits = (4 - (4 * coarse.abs() / 10).floor()).int().to(device, non_blocking=True)
-    threshold = (256 - (256 * inverted.abs() / 10).floor()).int().to(device, non_blocking=True)
-    matrix = _augmix_matrix(op[len(op) - len(moved) :], moved, images.shape[2])
+    bits = (4 - (4 * v.abs() / 10).floor()).int().to(images.device, non_blocking=True).split(sizes)
+    threshold = (256 - (256 * v.abs() / 10).floor()).int().to(images.device, non_blocking=True).split(sizes)
+    matrix = _augmix_matrix(op, v, images.shape[2]).split(sizes)
+    groups = images.index_select(0, order.to(images.device, non_blocking=True)).split(sizes)
     results = [
-        idle,
-        in_cache(autocontrast, to_stretch),
-        in_cache(equalize, to_flatten),
-        in_cache(posterize, to_coarsen, bits),
-        in_cache(solarize, to_invert, threshold),
-        in_cache(affine, to_move, matrix),
+        groups[0],
+        in_cache(autocontrast, groups[1]),
+        in_cache(equalize, groups[2]),
+        in_cache(posterize, groups[3], bits[3]),
+        in_cache(solarize, groups[4], threshold[4]),
+        in_cache(affine, groups[5], matrix[5]),
     ]
-    return torch.cat(results).index_select(0, order.argsort().to(device, non_blocking=True))
+    return torch.cat(results).index_select(0, order.argsort().to(images.device, non_blocking=True))
 
 
 def _augmix_matrix(op: Tensor, v: Tensor, size: int) -> Tensor:
     """The matrices (B, 6) of AugMix's geometric operations, op and v as in `operate`."""
-    degrees, shear = (30 * v / 10).trunc(), 0.3 * v / 10
-    pixels = (size / 3 * v / 10).trunc()
-    one, zero = torch.ones_like(v), torch.zeros_like(v)
-    x_shift, y_shift = torch.where(op == TRANSLATE_X, pixels, 0), torch.where(op == TRANSLATE_Y, pixels, 0)
-    x_shear, y_shear = torch.where(op == SHEAR_X, shear, zero), torch.where(op == SHEAR_Y, shear, zero)
-    matrix = torch.stack([one, x_shear, x_shift, y_shear, one, y_shift], 1)
-    return torch.where((op == ROTATE).unsqueeze(1), rotation_matrix(degrees, size), matrix)
+    degrees, shear, pixels = (30 * v / 10).trunc(), 0.3 * v / 10, (size / 3 * v / 10).trunc()
+    one = torch.ones_like(v)
+    to_x = [one, shear * (op == SHEAR_X), pixels * (op == TRANSLATE_X)]
+    to_y = [shear * (op == SHEAR_Y), one, pixels * (op == TRANSLATE_Y)]
+    return torch.where((op == ROTATE).unsqueeze(1), rotation_matrix(degrees, size), torch.stack(to_x + to_y, 1))
 
 
 @torch.no_grad()
