@@ -12,7 +12,8 @@ augment.Draws. Log-softmax throughout, in float32 at least: loss and gradient ar
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +61,7 @@ def pgd_attack(
 
     delta <- P_B(eps)(delta + step_size sign(grad_delta objective(f(x + delta), y))), `steps` times, from `start` (B, 3,
     32, 32), by default uniform in the ball (Madry et al., 2018). The network is in eval mode meanwhile, so that its
-    batch-norm statistics stay untouched, and its parameters gather no gradient. Returns x_adv, detached.
+    batch-norm statistics stay untouched, and frozen: its parameters get no gradient. Returns x_adv, detached.
     Raises ValueError if epsilon or step_size is negative or steps < 0.
     """
     if epsilon < 0 or step_size < 0 or steps < 0:
@@ -69,9 +70,7 @@ def pgd_attack(
     if start is None:
         start = x + epsilon * (2 * as_draws(generator, x).uniform(x.shape) - 1)
     x_adv = project(start, x, epsilon)
-    training = network.training
-    network.eval()
-    try:
+    with frozen(network):
         for _ in range(steps):
             x_adv.requires_grad_(True)
             with torch.enable_grad():
@@ -79,9 +78,25 @@ def pgd_attack(
                 # each image's gradient is its own, in eval mode; their sum avoids underflow in half precision
                 (gradient,) = torch.autograd.grad(len(x) * objective(logits, y), x_adv)
             x_adv = project(x_adv.detach() + step_size * gradient.sign(), x, epsilon)
+    return x_adv.detach()
+
+
+@contextmanager
+def frozen(network: nn.Module) -> Iterator[None]:
+    """The network in eval mode with its parameters held fixed, both restored at the end.
+
+    Compiled, a network whose parameters want gradients computes them with that of its input, used or not.
+    """
+    training, parameters = network.training, [p for p in network.parameters() if p.requires_grad]
+    network.eval()
+    for p in parameters:
+        p.requires_grad_(False)
+    try:
+        yield
     finally:
         network.train(training)
-    return x_adv.detach()
+        for p in parameters:
+            p.requires_grad_(True)
 
 
 def project(x_adv: Tensor, x: Tensor, epsilon: float) -> Tensor:
@@ -127,11 +142,8 @@ def trades_loss(
     PGD starts at x + 0.001 N(0, I), as TRADES' own code does: at delta = 0 the divergence has no gradient.
     """
     network = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    training = network.training
-    network.eval()
-    with torch.no_grad():
+    with frozen(network), torch.no_grad():
         (clean,) = forward(network, x)  # p(x) as the attack sees it, in eval mode
-    network.train(training)
     x_adv = pgd_attack(
         model,
         x,
