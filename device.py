@@ -5,7 +5,6 @@ arithmetic alone. Keeps to the API of torch 2.7, the last one with kernels for V
 """
 
 import os
-import shutil
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -87,21 +86,19 @@ def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager:
-    """Mixed precision for the network alone; softmax and losses are computed in float32 by the callers."""
-    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+    """Mixed precision for the network alone; softmax and losses are computed in float32 by the callers.
+
+    Without autocast's cache: before torch 2.11 a weight first cast under no_grad, as TRADES does, lost its gradient.
+    """
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype, cache_enabled=False)
 
 
 def compiler_missing(device: torch.device) -> str | None:
-    """Why torch.compile cannot work here (no Triton, no C++ compiler), or None if it can."""
-    if device.type == "cuda":
-        try:
-            import triton  # noqa: F401
-        except ImportError:
-            return "Triton is not installed"
-        if torch.cuda.get_device_capability(device)[0] < 7:
-            return "Triton needs compute capability 7.0"
-    if not any(shutil.which(name) for name in (os.environ.get("CXX") or "g++", "g++", "gcc", "clang")):
-        return "no C compiler was found"
+    """Why torch.compile does not work here (no Triton, no C compiler, no Python headers), or None: it is tried."""
+    try:
+        torch.compile(lambda x: x * x + 1)(torch.ones(2, device=device))
+    except Exception as error:  # every part of the compiler has its own
+        return " ".join(str(error).split())[:160]
     return None
 
 
