@@ -196,12 +196,19 @@ def apply_preprocessing(images: Tensor, crop: Tensor, order: Tensor, factors: Te
     return rotate_nearest(colour_jitter(crop_and_flip(images, crop), order, factors), matrix)
 
 
-def preprocess(images: Tensor, hflip: bool, generator: torch.Generator | Draws | None = None) -> Tensor:
+def preprocess(
+    images: Tensor,
+    hflip: bool,
+    generator: torch.Generator | Draws | None = None,
+    apply: Callable[..., Tensor] = apply_preprocessing,
+) -> Tensor:
     """Sec. 4's preprocessing: random crop with padding 4, mirroring (if hflip), colour jitter 0.25, rotation up to 2
-    degrees (nearest, black), as torchvision's transforms do on Pillow images. uint8 (B, 3, S, S) -> the same."""
+    degrees (nearest, black), as torchvision's transforms do on Pillow images. uint8 (B, 3, S, S) -> the same.
+
+    `apply` is apply_preprocessing or its compiled form."""
     check_levels(images)
     count, _, size, _ = images.shape
-    return in_cache(apply_preprocessing, images, *draw_preprocessing(as_draws(generator, images), count, size, hflip))
+    return in_cache(apply, images, *draw_preprocessing(as_draws(generator, images), count, size, hflip))
 
 
 # MAGNMA's perturbations (Sec. 3 (a) and (b), Algorithm 1)
