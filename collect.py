@@ -59,7 +59,7 @@ def check_results(content: dict) -> None:
 
     def require(good: bool, entry: str, value: object, wanted: str) -> None:
         if not good:
-            raise ValueError(f"{entry} is {str(value)[:40]}, not {wanted} (an older form?); evaluate the run again")
+            raise ValueError(f"{entry} is {repr(value)[:40]}, not {wanted} (an older form?); evaluate the run again")
 
     for name, known in KNOWN.items():
         require(content.get(name) in known, name, content.get(name), f"one of {', '.join(known)}")
@@ -74,14 +74,16 @@ def check_results(content: dict) -> None:
     for name in ("lambda1", "lambda2", "sigma_max", "beta", "n") if content["method"] == "magnma" else ():
         value = content["hparams"].get(name)
         require(is_number(value), f"hparams.{name}", value, "a number")
-    evaluations = {kept: content.get(kept) for kept in ("best", "last") if content.get(kept) is not None}
+    kept_ones = [name for name in ("best", "last") if name in content]
+    require(len(kept_ones) == 2, '"best" and "last"', kept_ones, "both there")
+    evaluations = {name: content[name] for name in kept_ones if content[name] is not None}
     require(bool(evaluations), '"best" and "last"', None, "an evaluation")
     for kept, evaluation in evaluations.items():
         require(isinstance(evaluation, dict), kept, evaluation, "an evaluation")
         sets = evaluation.get("corruptions")
         require(isinstance(sets, dict), f"{kept}.corruptions", sets, "an object")
         odd = [name for name in CORRUPTIONS if name not in sets] + [n for n in sets if n not in ALL_CORRUPTIONS]
-        require(not odd, f"{kept}.corruptions", f"missing or unknown: {odd}", "the 18 or 19 corruptions")
+        require(not odd, f"{kept}.corruptions", odd, "(missing or unknown) the 18 or 19 corruptions")
         cells = {"clean": evaluation.get("clean")}
         for name, severities in sets.items():
             require(isinstance(severities, list) and len(severities) == 5, f"{kept}.{name}", severities, "5 severities")
