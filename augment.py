@@ -254,6 +254,7 @@ def to_uint8(x: Tensor) -> Tensor:
 # AugMix (Hendrycks et al., 2020)
 
 
+@torch.compiler.disable  # its groups change size with every batch
 def operate(images: Tensor, op: Tensor, v: Tensor) -> Tensor:
     """Apply to each image its operation, an index into OPERATIONS (-1: none), at level |v| in [0, 10].
 

@@ -75,23 +75,25 @@ class Draws:
 
     def dirichlet(self, shape: tuple[int, ...]) -> Tensor:
         """Dirichlet(1, ..., 1) along the last dimension: normalised exponentials."""
-        e = self._draw(lambda size, g, d: torch.empty(size, device=d).exponential_(generator=g), shape, False)
-        return e / e.sum(-1, keepdim=True)
+
+        def sample(size: tuple[int, ...], g: torch.Generator | None, d: torch.device) -> Tensor:
+            exponential = torch.empty(size, device=d).exponential_(generator=g)
+            return exponential / exponential.sum(-1, keepdim=True)
+
+        return self._draw(sample, shape, False)
 
     def beta(self, shape: tuple[int, ...], beta: float) -> Tensor:
         """Beta(beta, beta), beta > 0: G1 / (G1 + G2) of two Gamma(beta) variables.
 
         log Gamma(beta) is drawn as log Gamma(beta + 1) + log(U) / beta, which does not underflow for a small beta.
         """
-        if beta == 1:
-            return self.uniform(shape)
 
-        def log_gamma(size: tuple[int, ...], g: torch.Generator | None, d: torch.device) -> Tensor:
-            gamma = torch._standard_gamma(torch.full(size, beta + 1.0, device=d), generator=g)
-            return gamma.log() + torch.log1p(-torch.rand(size, generator=g, device=d)) / beta
+        def sample(size: tuple[int, ...], g: torch.Generator | None, d: torch.device) -> Tensor:
+            gamma = torch._standard_gamma(torch.full((2, *size), beta + 1.0, device=d), generator=g)
+            log_gamma = gamma.log() + torch.log1p(-torch.rand((2, *size), generator=g, device=d)) / beta
+            return torch.sigmoid(log_gamma[0] - log_gamma[1])
 
-        log_g = self._draw(log_gamma, (*shape, 2), False)
-        return torch.sigmoid(log_g[..., 0] - log_g[..., 1])
+        return self.uniform(shape) if beta == 1 else self._draw(sample, shape, False)
 
 
 def as_draws(generator: torch.Generator | Draws | None, x: Tensor) -> Draws:
