@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import runs
 from data import ALL_CORRUPTIONS, CORRUPTIONS, DATASETS
-from losses import METHODS
+from losses import HPARAMS, METHODS
 from models import ARCHS
 
 Key = tuple[str, str, str, str]
@@ -50,62 +50,66 @@ def is_number(value: object, high: float = 1e300) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= high
 
 
+def _require(good: bool, entry: str, value: object, wanted: str) -> None:
+    if not good:
+        raise ValueError(f"{entry} is {repr(value)[:40]}, not {wanted} (an older form?); evaluate the run again")
+
+
 def check_results(content: dict) -> None:
     """Check the content of a results.json: names, types, 18 or 19 corruptions x 5 severities, percentages, the mCA.
 
     "best" or "last" may be null where only the other was evaluated. Raises ValueError naming the first entry that is
     missing, of another type, not finite or out of range.
     """
-
-    def require(good: bool, entry: str, value: object, wanted: str) -> None:
-        if not good:
-            raise ValueError(f"{entry} is {repr(value)[:40]}, not {wanted} (an older form?); evaluate the run again")
-
     for name, known in KNOWN.items():
-        require(content.get(name) in known, name, content.get(name), f"one of {', '.join(known)}")
+        _require(content.get(name) in known, name, content.get(name), f"one of {', '.join(known)}")
     for name in (*COUNTS, "seed"):
         good = type(content.get(name)) is int and content[name] >= 0
-        require(good, name, content.get(name), "a whole number")
-    require(isinstance(content.get("hparams"), dict), "hparams", content.get("hparams"), "an object")
-    limit, stands_for = content.get("limit"), content.get("stands_for")
-    require(limit is None or (type(limit) is int and limit > 0), "limit", limit, "null or a number of images")
-    places = [None, *(f"{d}/{a}" for d in KNOWN["dataset"] for a in KNOWN["arch"])]
-    require(stands_for in places, "stands_for", stands_for, "null or dataset/arch")
-    for name in ("lambda1", "lambda2", "sigma_max", "beta", "n") if content["method"] == "magnma" else ():
+        _require(good, name, content.get(name), "a whole number")
+    _require(isinstance(content.get("hparams"), dict), "hparams", content.get("hparams"), "an object")
+    for name in HPARAMS["magnma"] if content["method"] == "magnma" else ():  # they make the column
         value = content["hparams"].get(name)
-        require(is_number(value), f"hparams.{name}", value, "a number")
-    kept_ones = [name for name in ("best", "last") if name in content]
-    require(len(kept_ones) == 2, '"best" and "last"', kept_ones, "both there")
-    evaluations = {name: content[name] for name in kept_ones if content[name] is not None}
-    require(bool(evaluations), '"best" and "last"', None, "an evaluation")
-    for kept, evaluation in evaluations.items():
-        require(isinstance(evaluation, dict), kept, evaluation, "an evaluation")
-        sets = evaluation.get("corruptions")
-        require(isinstance(sets, dict), f"{kept}.corruptions", sets, "an object")
-        odd = [name for name in CORRUPTIONS if name not in sets] + [n for n in sets if n not in ALL_CORRUPTIONS]
-        require(not odd, f"{kept}.corruptions", odd, "(missing or unknown) the 18 or 19 corruptions")
-        cells = {"clean": evaluation.get("clean")}
-        for name, severities in sets.items():
-            require(isinstance(severities, list) and len(severities) == 5, f"{kept}.{name}", severities, "5 severities")
-            cells |= {f"{name}[{severity}]": cell for severity, cell in enumerate(severities, 1)}
-        percentages = [(name, evaluation, name) for name in ("mca", "corrupt_rms_calibration_error",
-                                                             "corrupt_rms_calibration_error_adaptive")]  # fmt: skip
-        for where, cell in cells.items():
-            require(isinstance(cell, dict), f"{kept}.{where}", cell, "an object")
-            for name in ("accuracy", "rms_calibration_error", "rms_calibration_error_adaptive"):
-                percentages.append((f"{where}.{name}", cell, name))
-        for where, holder, name in percentages:
-            require(is_number(holder.get(name), 100), f"{kept}.{where}", holder.get(name), "from 0 to 100")
-        mean = statistics.fmean(cell["accuracy"] for name in CORRUPTIONS for cell in sets[name])
-        mca = evaluation["mca"]
-        require(abs(mean - mca) < 0.01, f"{kept}.mca", mca, f"the mean {mean:.2f} of its 90 accuracies")
-        both = evaluation.get("reliability")
-        require(both is None or (isinstance(both, dict) and {"clean", "corrupt"} <= set(both)), f"{kept}.reliability",
-                both, "null or clean and corrupt")  # fmt: skip
-        for kind, bins in (both or {}).items():
-            good = isinstance(bins, list) and len(bins) == 15 and all(isinstance(b, list) and len(b) == 3 for b in bins)
-            good = good and all(is_number(x) for b in bins for x in b)
-            require(good, f"{kept}.reliability.{kind}", bins, "15 times [count, confidences, correct]")
+        _require(is_number(value), f"hparams.{name}", value, "a number")
+    limit, stands_for = content.get("limit"), content.get("stands_for")
+    _require(limit is None or (type(limit) is int and limit > 0), "limit", limit, "null or a number of images")
+    places = [None, *(f"{dataset}/{arch}" for dataset in KNOWN["dataset"] for arch in KNOWN["arch"])]
+    _require(stands_for in places, "stands_for", stands_for, "null or dataset/arch")
+    kept = {name: content[name] for name in ("best", "last") if name in content}
+    _require(len(kept) == 2, '"best" and "last"', list(kept), "both there")
+    _require(any(e is not None for e in kept.values()), '"best" and "last"', None, "an evaluation")
+    for name, evaluation in kept.items():
+        if evaluation is not None:
+            _check_evaluation(evaluation, name)
+
+
+def _check_evaluation(evaluation: object, kept: str) -> None:
+    """Check E of results.json, the content of "best" or "last" (`kept`)."""
+    _require(isinstance(evaluation, dict), kept, evaluation, "an evaluation")
+    sets = evaluation.get("corruptions")
+    _require(isinstance(sets, dict), f"{kept}.corruptions", sets, "an object")
+    odd = [name for name in CORRUPTIONS if name not in sets] + [name for name in sets if name not in ALL_CORRUPTIONS]
+    _require(not odd, f"{kept}.corruptions", odd, "(missing or unknown) the 18 or 19 corruptions")
+    cells = {"clean": evaluation.get("clean")}
+    for name, severities in sets.items():
+        _require(isinstance(severities, list) and len(severities) == 5, f"{kept}.{name}", severities, "5 severities")
+        cells |= {f"{name}[{severity}]": cell for severity, cell in enumerate(severities, 1)}
+    pooled = ("mca", "corrupt_rms_calibration_error", "corrupt_rms_calibration_error_adaptive")
+    percentages = {f"{kept}.{name}": evaluation.get(name) for name in pooled}
+    for where, cell in cells.items():
+        _require(isinstance(cell, dict), f"{kept}.{where}", cell, "an object")
+        for name in ("accuracy", "rms_calibration_error", "rms_calibration_error_adaptive"):
+            percentages[f"{kept}.{where}.{name}"] = cell.get(name)
+    for where, value in percentages.items():
+        _require(is_number(value, 100), where, value, "from 0 to 100")
+    mean = statistics.fmean(cell["accuracy"] for name in CORRUPTIONS for cell in sets[name])
+    good = abs(mean - evaluation["mca"]) < 0.01
+    _require(good, f"{kept}.mca", evaluation["mca"], f"the mean {mean:.2f} of its 90 accuracies")
+    bins = evaluation.get("reliability") or {"clean": [[0] * 3] * 15, "corrupt": [[0] * 3] * 15}
+    for kind in ("clean", "corrupt"):
+        table = bins.get(kind) if isinstance(bins, dict) else None
+        good = isinstance(table, list) and len(table) == 15 and all(isinstance(b, list) and len(b) == 3 for b in table)
+        good = good and all(is_number(x) for b in table for x in b)
+        _require(good, f"{kept}.reliability.{kind}", table, "15 times [count, confidences, correct]")
 
 
 def read_runs(folder: Path) -> tuple[dict[Path, dict], list[str]]:

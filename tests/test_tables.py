@@ -177,7 +177,8 @@ def broken(path: str, value: object) -> dict:
         ("best/mca", 80.02, "best.mca is 80.02, not the mean 80.00 of its 90 accuracies"),
         ("best/mca", ..., "best.mca is None"),
         ("last/corrupt_rms_calibration_error", "3", "last.corrupt_rms_calibration_error is '3', not from"),
-        ("best/reliability", [], r"best.reliability is \[\]"),
+        ("best/reliability", [1], "best.reliability.clean is None, not 15 times"),
+        ("best/reliability", {"clean": [[0, 0, 0]] * 15}, "best.reliability.corrupt is None"),
         ("best/reliability/clean", [[1, 1, 1]] * 14, "best.reliability.clean is"),
         ("best/reliability/corrupt/4/1", math.nan, "best.reliability.corrupt is"),
     ],
@@ -388,9 +389,9 @@ def test_another_network_is_shown_in_resnet18s_place_and_said_so(tmp_path, capsy
 
 
 def test_a_stand_in_is_placed_where_it_stands_and_said_to_be_no_result(tmp_path, capsys):
-    content = results("augmix", dataset="digits", arch="resnet20", data_source="embedded",
-                      corruption_source="generated", stands_for="cifar100/densenet121")  # fmt: skip
-    tables.main([str(write(tmp_path, content)), "--table", "2", "--claims"])
+    contents = [results(m, dataset="digits", arch="resnet20", data_source="embedded", corruption_source="generated",
+                        stands_for="cifar100/densenet121") for m in ("standard", "augmix", "magnma")]  # fmt: skip
+    tables.main([str(write(tmp_path, *contents)), "--table", "2", "--claims"])
     out = capsys.readouterr().out
     row = next(line for line in out.splitlines() if line.startswith("DenseNet-121  CIFAR-100-C"))
     assert "80.00 (1)" in row
