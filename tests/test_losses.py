@@ -413,15 +413,20 @@ def test_pgd_without_steps_gives_its_start_projected_and_without_a_ball_the_imag
 
 @pytest.mark.parametrize("training", [True, False])
 def test_pgd_leaves_no_trace_on_the_network(training):
-    """Eval mode meanwhile, batch-norm statistics and parameters untouched, no gradients gathered, the mode restored."""
+    """In eval mode and frozen meanwhile; statistics and parameters untouched, no gradients, all modes restored."""
     model, (x, y) = norm_model(), batch()
     model.train(training)
+    model[0].bias.requires_grad_(False)  # frozen by the user: it stays so
+    wanted = [parameter.requires_grad for parameter in model.parameters()]
     before = {name: value.clone() for name, value in model.state_dict().items()}
     modes = []
-    model.register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    model.register_forward_pre_hook(
+        lambda module, _: modes.append((module.training, any(p.requires_grad for p in module.parameters())))
+    )
     given = x.clone()
     x_adv = attack(model, x, y)
-    assert modes == [False] * STEPS
+    assert modes == [(False, False)] * STEPS
+    assert [parameter.requires_grad for parameter in model.parameters()] == wanted
     assert all(module.training is training for module in model.modules())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
