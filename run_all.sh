@@ -108,23 +108,25 @@ commands() {
 
 # GPU-hours -----------------------------------------------------------------------------------------------------------
 
-# "dataset/arch/method hours file" for every measurement that benchmark.py left in results/
-measured_hours() {
+# What benchmark.py found on a GPU, lines "dataset/arch/method hours file", and "arch/method timed" where it timed that
+# training itself and did not infer its hours from others.
+benchmark_hours() {
   local file
-  for file in results/benchmark-*.json; do
+  for file in results/benchmark-cuda*.json; do
     sed -nE '/"hours": *\{/,/\}/ s|^ *"([a-z0-9]+/[a-z0-9]+/[a-z_]+)": *([0-9.]+),? *$|\1 \2 '"$file"'|p' "$file"
+    sed -nE '/"timed": *\[/,/\]/ s|^ *"([a-z0-9]+/[a-z_]+)",? *$|\1 timed|p' "$file"
   done
 }
 
-# Each run's two commands on a line, its number and GPU-hours behind them as a comment; at the end the sum. What is not
-# measured is estimated from the arithmetic of 150 epochs of 50,000 images.
+# Each run's two commands on a line, its number and GPU-hours behind them as a comment; at the end the sum. Without a
+# benchmark's hours they are estimated from the arithmetic of 150 epochs of 50,000 images.
 print_list() {
   export python
   python=$(printf '%q' "${PYTHON:-.venv/bin/python}")
-  { measured_hours && commands; } | awk -F '\t' '
+  { benchmark_hours && commands; } | awk -F '\t' '
     BEGIN {
       python = ENVIRON["python"]
-      teraflops = 20 # assumed of the GPU
+      teraflops = 20 # assumed pace of a GPU in these networks
       # multiply-accumulates of an image forward, in 10^9
       macs["resnet18"] = 0.555; macs["densenet121"] = 0.888; macs["inceptionv3"] = 3.631
       # images forward and backward for each image of an epoch, with those for attacks, tests and RSE ensembles
@@ -138,18 +140,18 @@ print_list() {
       if ($2 == "digits") { print ": a stand-in, minutes on a CPU"; next }
       split($6, part, "/")
       if ($6 in hours) {
-        h = hours[$6]; how = "measured, " file[$6]; measured += h
+        h = hours[$6]; how = (part[2] "/" part[3] in hours ? "measured, " : "estimated, ") file[$6]
       } else { # a multiply-accumulate is 2 operations, and backward costs twice forward
         h = 150 * 50000 * passes[part[3]] * 3 * 2 * macs[part[2]] * 1e9 / (teraflops * 1e12) / 3600
-        how = "estimated"; estimated += h
+        how = "estimated, at " teraflops " TFLOP/s"
       }
+      sum[substr(how, 1, 1)] += h; count++
       printf ": %.2f GPU-hours, %s\n", h, how
-      count++
     }
     END {
       if (count) {
-        printf "# %d runs, %.0f GPU-hours: %.0f measured", count, measured + estimated, measured
-        printf ", %.0f estimated for a GPU that does %g TFLOP/s in these networks\n", estimated, teraflops
+        printf "# %d runs, %.0f GPU-hours: ", count, sum["m"] + sum["e"]
+        printf "%.0f measured, %.0f estimated\n", sum["m"], sum["e"]
       }
     }'
 }

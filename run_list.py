@@ -259,6 +259,7 @@ def main(argv: list[str] | None = None) -> int:
         import evaluate
         import train
 
+        load_dataset("digits", DATA)  # which imports scikit-learn
         call = partial(preloaded, {"train.py": train.main, "evaluate.py": evaluate.main})
 
     children = Children()
