@@ -51,7 +51,7 @@ SEVERITY = 5  # of Figure 4; the mild ones are hard to see in print
 def bars(ax: Axes, groups: list[str], series: dict[str, list[Cell | None]], names: dict[str, str]) -> None:
     """Grouped bars from zero with deviations and values; series: a key of STYLES -> a cell per group, None: not run."""
     width = 0.84 / len(series)
-    top = max([cell.mean + (cell.deviation or 0) for cells in series.values() for cell in cells if cell] or [1])
+    top = max([cell.mean + (cell.deviation or 0) for cells in series.values() for cell in cells if cell] or [100])
     for i, (key, cells) in enumerate(series.items()):
         colour, hatch, _ = STYLES[key]
         x = np.arange(len(groups)) + (i - (len(series) - 1) / 2) * width
@@ -116,7 +116,9 @@ def profile(cells: dict[Key, Cell], names: dict[str, str], dataset: str) -> Figu
         ax.set_title(category, fontsize=9)
         ax.grid(linewidth=0.3, color="#CCCCCC")
     axes[0].set_ylabel(f"{names[dataset]}-C, {names['resnet18']}\naccuracy (%)")
-    if shown:
+    if not shown:
+        axes[0].set_ylim(0, 100)
+    else:
         missing = [names[column] for column in METHODS if column not in shown]
         title = f"not run: {', '.join(missing)}" if missing else None
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=9, frameon=False,
