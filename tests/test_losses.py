@@ -1,8 +1,4 @@
-"""The methods against loops written from their equations, their gradients, PGD, and what is forwarded how often.
-
-The loops are float64, image by image, with plain softmax; the draws are the same because a generator of the same seed
-is handed to the augmentations in the same order.
-"""
+"""The methods against loops written from their equations, their gradients, and what is forwarded how often."""
 
 import math
 
@@ -11,151 +7,14 @@ import pytest
 import scipy.spatial.distance
 import scipy.special
 import torch
-import torch.nn.functional as F
+from equations import HPARAMS, JS, D, batch, call, gradients, naive_loss, record_inputs, seeded, tiny_model
 from torch import Tensor, nn
 from torch.func import functional_call
 
 import losses
-from augment import Draws, augmix, gaussian_noise, mixed_augmentation
+from augment import Draws, gaussian_noise, mixed_augmentation
 
-EPSILON, STEPS, STEP_SIZE = 8 / 255, 3, 2.5 * 8 / 255 / 3
-HPARAMS = {
-    "epsilon": EPSILON, "pgd_steps": STEPS, "pgd_step_size": STEP_SIZE, "trades_lambda": 6.0,
-    "rse_sigma": 0.1, "jsd_lambda": 12.0, "lambda1": 0.2, "lambda2": 0.3, "sigma_max": 0.2, "beta": 1.0, "n": 3,
-}  # fmt: skip
 CLEAN_LOGITS = ("standard", "trades", "augmix", "magnma")
-
-
-def seeded(seed: int = 5) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def tiny_model() -> nn.Module:
-    """(B, 3, 8, 8) -> 4 logits, float64, confident enough for the divergences to matter; no batch norm."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.Tanh(), nn.Linear(8, 4)).double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(3)
-    return model
-
-
-def norm_model() -> nn.Module:
-    """A small convolutional network with batch norm and dropout, float64, its running statistics settled."""
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(0.5), nn.Flatten(), nn.Linear(216, 4)
-    ).double()
-    model(batch()[0])
-    return model
-
-
-def batch(count: int = 6) -> tuple[Tensor, Tensor]:
-    generator = seeded(1)
-    x = torch.rand(count, 3, 8, 8, generator=generator, dtype=torch.float64)
-    return x, torch.randint(4, (count,), generator=generator)
-
-
-def call(name: str, model: nn.Module, x: Tensor, y: Tensor, seed: int = 5, **changes: float) -> tuple[Tensor, Tensor]:
-    return losses.METHODS[name](model, x, y, HPARAMS | changes, seeded(seed))
-
-
-# The equations as loops
-
-
-def probabilities(model: nn.Module, x: Tensor) -> list[list[Tensor]]:
-    """p_c(x) = e^{f_c(x)} / sum_l e^{f_l(x)} (Sec. 2), image by image and class by class."""
-    result = []
-    for image in x:
-        e = [torch.exp(f) for f in model(image[None])[0]]
-        result.append([value / sum(e) for value in e])
-    return result
-
-
-def D(p: list, q: list) -> Tensor:
-    """D(p || q) = sum_c p_c log(p_c / q_c)."""
-    return sum(p_c * torch.log(p_c / q_c) for p_c, q_c in zip(p, q, strict=True))
-
-
-def JS(*ps: list) -> Tensor:
-    """JS(p_1; ...) = 1/k (D(p_1 || p_mix) + ...), p_mix = 1/k (p_1 + ...)."""
-    p_mix = [sum(values) / len(ps) for values in zip(*ps, strict=True)]
-    return sum(D(p, p_mix) for p in ps) / len(ps)
-
-
-def L(p: list, y: int) -> Tensor:
-    """-y^T log p."""
-    return -torch.log(p[y])
-
-
-def naive_pgd(model: nn.Module, start: Tensor, x: Tensor, objective) -> Tensor:
-    """delta <- P(delta + alpha sign(gradient)), image by image, then the pixels clipped to [0, 1]."""
-    result = []
-    for i in range(len(x)):
-        image, adversarial = x[i], start[i]
-        for step in range(STEPS + 1):
-            delta = np.clip((adversarial - image).numpy(), -EPSILON, EPSILON)
-            adversarial = torch.from_numpy(np.clip(image.numpy() + delta, 0, 1))
-            if step < STEPS:
-                moving = adversarial.clone().requires_grad_(True)
-                (p,) = probabilities(model, moving[None])
-                (gradient,) = torch.autograd.grad(objective(p, i), moving)
-                adversarial = adversarial + STEP_SIZE * gradient.sign()
-        result.append(adversarial)
-    return torch.stack(result)
-
-
-def naive_at_images(model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
-    start = x + EPSILON * (2 * torch.rand(x.shape, generator=generator) - 1)
-    return naive_pgd(model, start, x, lambda p, i: L(p, y[i]))
-
-
-def naive_trades_images(model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
-    start = x + 0.001 * torch.randn(x.shape, generator=generator)
-    clean = [[p_c.detach() for p_c in p] for p in probabilities(model, x)]
-    return naive_pgd(model, start, x, lambda p, i: D(clean[i], p))
-
-
-def naive_loss(name: str, model: nn.Module, x: Tensor, y: Tensor, h: dict, generator: torch.Generator) -> Tensor:
-    """The loss of method `name` by its equation; `h` its hyperparameters."""
-    count = len(x)
-    clean = probabilities(model, x)
-    if name == "standard":  # Eq. (1)
-        return sum(L(clean[i], y[i]) for i in range(count)) / count
-    if name == "at":  # Eq. (2)
-        attacked = probabilities(model, naive_at_images(model, x, y, generator))
-        return sum(L(attacked[i], y[i]) for i in range(count)) / count
-    if name == "trades":  # Eq. (3)
-        attacked = probabilities(model, naive_trades_images(model, x, y, generator))
-        return sum(L(clean[i], y[i]) + h["trades_lambda"] * D(clean[i], attacked[i]) for i in range(count)) / count
-    if name == "rse":  # Eq. (4)
-        noisy = probabilities(model, x + h["rse_sigma"] * torch.randn(x.shape, generator=generator))
-        return sum(L(noisy[i], y[i]) for i in range(count)) / count
-    if name == "gn":  # Eq. (12)
-        noisy = probabilities(model, gaussian_noise(x, h["sigma_max"], generator).double())
-        return sum(L(noisy[i], y[i]) for i in range(count)) / count
-    if name == "augmix":  # Eq. (5)
-        p_a1, p_a2 = (probabilities(model, half.double()) for half in augmix(x.repeat(2, 1, 1, 1), generator).chunk(2))
-        return sum(L(clean[i], y[i]) + h["jsd_lambda"] * JS(clean[i], p_a1[i], p_a2[i]) for i in range(count)) / count
-    n, total = h["n"], 0  # Eq. (6), Algorithm 1
-    copies = x.repeat(n, 1, 1, 1)
-    if h["lambda1"] > 0:
-        p_delta = probabilities(model, gaussian_noise(copies, h["sigma_max"], generator).double())
-    if h["lambda2"] > 0:
-        p_a = probabilities(model, mixed_augmentation(copies, h["beta"], generator).double())
-    for i in range(count):
-        total = total + L(clean[i], y[i])
-        if h["lambda1"] > 0:
-            R = sum(D(clean[i], p_delta[k * count + i]) for k in range(n)) / n
-            total = total + h["lambda1"] * clean[i][y[i]] * R
-        if h["lambda2"] > 0:
-            Z = sum(D(clean[i], p_a[k * count + i]) for k in range(n)) / n
-            total = total + h["lambda2"] * clean[i][y[i]] * Z
-    return total / count
-
-
-def gradients(loss: Tensor, model: nn.Module) -> list[Tensor]:
-    return list(torch.autograd.grad(loss, list(model.parameters())))
 
 
 # The divergences
@@ -299,12 +158,6 @@ def test_loss_and_gradient_are_finite_for_logits_of_1e4(name, dtype):
 # What is forwarded
 
 
-def record_inputs(model: nn.Module) -> list[Tensor]:
-    inputs: list[Tensor] = []
-    model.register_forward_pre_hook(lambda _module, arguments: inputs.append(arguments[0].detach().clone()))
-    return inputs
-
-
 @pytest.mark.parametrize(
     ("name", "changes", "sizes"),
     [
@@ -364,102 +217,6 @@ def test_shares_of_a_batch_make_the_draws_of_the_whole(name):
         draws = Draws.seeded(9, x.device, start=start, count=2, total=6)
         shares.append(losses.METHODS[name](model, x[start : start + 2], y[start : start + 2], HPARAMS, draws)[0])
     torch.testing.assert_close(sum(shares) / 3, whole, rtol=1e-6, atol=0)
-
-
-# PGD
-
-
-def attack(model: nn.Module, x: Tensor, y: Tensor, **changes: object) -> Tensor:
-    options = {"epsilon": EPSILON, "steps": STEPS, "step_size": STEP_SIZE, "generator": seeded()}
-    return losses.pgd_attack(model, x, y, **(options | changes))
-
-
-def test_pgd_equals_a_loop_over_images():
-    model, (x, y) = tiny_model(), batch()
-    torch.testing.assert_close(attack(model, x, y), naive_at_images(model, x, y, seeded()), rtol=0, atol=1e-9)
-
-
-def test_trades_attacks_the_divergence_from_a_start_of_small_noise():
-    model, (x, y) = tiny_model(), batch()
-    inputs = record_inputs(model)
-    call("trades", model, x, y)
-    torch.testing.assert_close(inputs[-1][6:], naive_trades_images(model, x, y, seeded()), rtol=0, atol=1e-9)
-
-
-@pytest.mark.parametrize("epsilon", [8 / 255, 0.3])
-def test_pgd_stays_in_the_ball_and_in_the_image_range_and_raises_the_loss(epsilon):
-    model, (x, y) = tiny_model(), batch(32)
-    x[:8], x[8:16] = x[:8].round(), x[8:16] * 0.05  # many pixels at and near the ends of the range
-    x_adv = attack(model, x, y, epsilon=epsilon, steps=7, step_size=2.5 * epsilon / 7)
-    assert (x_adv - x).abs().max() <= epsilon + 1e-12
-    assert (x_adv - x).abs().max() > 0.99 * epsilon
-    assert x_adv.min() >= 0
-    assert x_adv.max() <= 1
-    before, after = (F.cross_entropy(model(images), y, reduction="none") for images in (x, x_adv))
-    assert (after > before).all()
-    random = x + epsilon * (2 * torch.rand(x.shape, generator=seeded()) - 1)
-    assert after.mean() > F.cross_entropy(model(random.clamp(0, 1)), y) + 0.01
-
-
-def test_pgd_without_steps_gives_its_start_projected_and_without_a_ball_the_images():
-    model, (x, y) = tiny_model(), batch()
-    start = x + EPSILON * (2 * torch.rand(x.shape, generator=seeded()) - 1)
-    torch.testing.assert_close(attack(model, x, y, steps=0), start.clamp(0, 1))
-    assert (attack(model, x, y, steps=0) - x).abs().mean() == pytest.approx(EPSILON / 2, rel=0.1)
-    assert torch.equal(attack(model, x, y, epsilon=0.0), x)
-    far = attack(model, x, y, steps=0, start=x + 5)
-    torch.testing.assert_close(far, (x + EPSILON).clamp(max=1))
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_pgd_leaves_no_trace_on_the_network(training):
-    """In eval mode and frozen meanwhile; statistics and parameters untouched, no gradients, all modes restored."""
-    model, (x, y) = norm_model(), batch()
-    model.train(training)
-    model[0].bias.requires_grad_(False)  # frozen by the user: it stays so
-    wanted = [parameter.requires_grad for parameter in model.parameters()]
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    modes = []
-    model.register_forward_pre_hook(
-        lambda module, _: modes.append((module.training, any(p.requires_grad for p in module.parameters())))
-    )
-    given = x.clone()
-    x_adv = attack(model, x, y)
-    assert modes == [(False, False)] * STEPS
-    assert [parameter.requires_grad for parameter in model.parameters()] == wanted
-    assert all(module.training is training for module in model.modules())
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert all(parameter.grad is None for parameter in model.parameters())
-    assert torch.equal(x, given)
-    assert not x.requires_grad
-    assert not x_adv.requires_grad
-    torch.testing.assert_close(x_adv, naive_at_images(model.eval(), x, y, seeded()), rtol=0, atol=1e-9)
-
-
-def test_pgd_restores_the_mode_when_it_fails():
-    model, (x, y) = norm_model(), batch()
-    with pytest.raises(IndexError):
-        attack(model, x, y + 10)
-    assert all(module.training for module in model.modules())
-
-
-def test_pgd_works_without_gradients_around_it_and_with_frozen_parameters():
-    model, (x, y) = norm_model(), batch()
-    expected = attack(model, x, y)
-    with torch.no_grad():
-        assert torch.equal(attack(model, x, y), expected)
-    assert torch.equal(attack(model.requires_grad_(False), x, y), expected)
-
-
-@pytest.mark.parametrize(("name", "updates"), [("at", 1), ("trades", 1), ("magnma", 1), ("augmix", 1)])
-def test_batch_norm_is_updated_by_the_training_forward_alone(name, updates):
-    model, (x, y) = norm_model(), batch()
-    count = model[1].num_batches_tracked.item()
-    loss, _ = call(name, model, x, y)
-    assert model[1].num_batches_tracked.item() == count + updates
-    assert model.training
-    loss.backward()
-    assert all(parameter.grad.abs().sum() > 0 for parameter in model.parameters())
 
 
 # The table of methods, and bad input

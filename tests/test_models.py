@@ -1,6 +1,7 @@
 """The networks: sizes, torchvision's weights and names, normalisation inside, other people's state dicts."""
 
 import copy
+import functools
 from collections import OrderedDict
 
 import pytest
@@ -39,6 +40,12 @@ def settle(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         model.train()(images(4))
     return model.eval()
+
+
+@functools.cache
+def settled(arch: str) -> nn.Module:
+    """The settled network of `build(arch)`, shared among tests that only look at it."""
+    return settle(build(arch))
 
 
 def torchvision_twin(arch: str) -> nn.Module:
@@ -85,7 +92,7 @@ def test_two_images_give_finite_logits_and_gradients_in_train_and_eval_mode(arch
 
 @pytest.mark.parametrize("arch", models.ARCHS)
 def test_eval_mode_is_deterministic_and_blind_to_the_batch(arch):
-    model = settle(build(arch))
+    model = settled(arch)
     with torch.no_grad():
         logits = model(images(4))
         assert torch.equal(model(images(4)), logits)
@@ -94,7 +101,7 @@ def test_eval_mode_is_deterministic_and_blind_to_the_batch(arch):
 
 @pytest.mark.parametrize("arch", models.ARCHS)
 def test_normalisation_inside_equals_normalising_by_hand(arch):
-    model = settle(build(arch))
+    model = settled(arch)
     plain = models.build_model(arch, 10, (0, 0, 0), (1, 1, 1)).eval()
     plain.load_state_dict(model.state_dict())
     x = images(2)
@@ -125,7 +132,7 @@ def test_state_dict_keys_are_those_of_torchvisions_own_network(arch):
 
 @pytest.mark.parametrize("arch", ["resnet18", "densenet121", "inceptionv3"])
 def test_torchvisions_class_with_its_stem_swapped_by_hand_gives_the_same_logits(arch):
-    model = settle(build(arch))
+    model = settled(arch)
     twin = torchvision_twin(arch).eval()
     twin.load_state_dict(model.state_dict())
     x = images(2)
@@ -153,7 +160,7 @@ def test_the_maps_shrink_as_documented():
 
 def test_resnet20_equals_a_loop_written_from_the_paper():
     """He et al. (2016), Sec. 4.2: 3x3 convolutions, {16, 32, 64} filters, 3 blocks each, parameter-free shortcuts."""
-    model = settle(build("resnet20"))
+    model = settled("resnet20")
     state = model.state_dict()
     x = images(2)
 
@@ -183,7 +190,7 @@ def test_resnet20_equals_a_loop_written_from_the_paper():
 
 @pytest.mark.parametrize("arch", models.ARCHS)
 def test_channels_last_and_float64_give_the_same_logits(arch):
-    model = settle(build(arch))
+    model = settled(arch)
     x = images(2)
     with torch.no_grad():
         logits = model(x)
@@ -196,9 +203,8 @@ def test_channels_last_and_float64_give_the_same_logits(arch):
 
 @pytest.mark.parametrize("arch", models.ARCHS)
 def test_the_initialisation_follows_the_seed_and_the_documented_scale(arch):
-    first, second = build(arch).state_dict(), build(arch).state_dict()
-    assert all(torch.equal(first[key], second[key]) for key in first)
-    model = build(arch)
+    model, again = build(arch), build(arch).state_dict()
+    assert all(torch.equal(value, again[key]) for key, value in model.state_dict().items())
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d) and module.weight.numel() > 400:
             out_channels, in_channels, height, width = module.weight.shape
@@ -238,7 +244,7 @@ def test_the_network_passes_through_robustbenchs_clean_accuracy():
                 correct += (model(x_batch).max(1)[1] == y_batch).float().sum()
         return correct.item() / x.shape[0]
 
-    model = settle(build("resnet20"))
+    model = settled("resnet20")
     x = images(23)
     with torch.no_grad():
         predicted = torch.cat([model(image[None]).argmax(1) for image in x])
@@ -253,16 +259,18 @@ def foreign_names(state: dict, prefix: str = "") -> dict:
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet20"])
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
-def test_state_dicts_of_other_repositories_are_matched(arch, prefix):
+def test_state_dicts_of_other_repositories_are_matched(arch):
     source, model = build(arch), models.build_model(arch, 10, MEAN, STD)
     state = source.state_dict()
-    for given in (foreign_names(state, prefix), {prefix + key: value for key, value in state.items()}):
-        before = list(given)
-        matched = models.match_state_dict(model, given)
-        assert list(given) == before
-        model.load_state_dict(matched, strict=True)
-        assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    for prefix in ("", "module.", "_orig_mod.", "module._orig_mod."):
+        for given in (foreign_names(state, prefix), {prefix + key: value for key, value in state.items()}):
+            before = list(given)
+            matched = models.match_state_dict(model, given)
+            assert list(given) == before
+            assert matched.keys() == state.keys()
+            assert all(matched[key] is state[key] for key in state)
+    model.load_state_dict(matched, strict=True)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("arch", ["densenet121", "inceptionv3"])
