@@ -6,6 +6,7 @@ train.py makes one Saver a run; evaluate.py loads its networks here, those of ot
 
 import csv
 import io
+import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,9 @@ from models import ARCHS, build_model, match_state_dict
 
 # flags that do not define a run: a resumed run may give others
 MAY_DIFFER = ("data", "out", "device", "amp", "compile", "resume", "overwrite", "max_minutes")
+# how far a run has come: whole epochs, steps of the next one and what they add up to, the best epoch, the CSV rows
+PROGRESS = {"epoch": int, "step": int, "loss_sum": float, "correct": float, "seconds": float, "best_epoch": int,
+            "best_accuracy": float, "log": list, "timing": list}  # fmt: skip
 
 
 class Saver:
@@ -82,24 +86,28 @@ class Saver:
         Raises ValueError naming the flag that differs, or what the checkpoint lacks.
         """
         path = self.folder / "last.pt"
-        saved = runs.load_checkpoint(path, need_hash=True)
+        saved = load_own(path)
+        for key, value in self.about["config"].items():
+            if (theirs := saved["config"].get(key)) != value:
+                flag = "--" + key.replace("_", "-")
+                raise ValueError(f"{flag} was {_short(theirs)} in the run of {path} and is {value} now;"
+                                 f" give the run's own {flag}, or another --out")  # fmt: skip
+        if (theirs := saved.get("data_source")) != self.about["data_source"]:
+            raise ValueError(f"the data of {path} were '{_short(theirs)}', now '{self.about['data_source']}'; give the"
+                             " run's own --data, or another --out")  # fmt: skip
         try:
-            for key, value in self.about["config"].items():
-                if saved["config"][key] != value:
-                    flag = "--" + key.replace("_", "-")
-                    raise ValueError(f"{flag} was {saved['config'][key]} in this run and is {value} now;"
-                                     f" give the run's own {flag}, or another --out")  # fmt: skip
-            if saved["data_source"] != self.about["data_source"]:
-                raise ValueError(f"the run's data were '{saved['data_source']}', now '{self.about['data_source']}'")
+            done = saved["done"]
+            if {key: type(value) for key, value in done.items()} != PROGRESS:
+                raise TypeError("its progress is of another form")
+            if any([row[0] for row in done[rows]] != list(range(1, done["epoch"] + 1)) for rows in ("log", "timing")):
+                raise TypeError("it does not have a row for each epoch")
             self.f_theta.load_state_dict(saved["model"])
             self.theta.load_state_dict(saved["optimizer"])
             if self.scaler and saved["scaler"]:
                 self.scaler.load_state_dict(saved["scaler"])
             set_rng_state(saved["rng"], self.device)
-            done = saved["done"]
-        except (KeyError, TypeError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:120]
-            raise ValueError(f"{path} does not fit this run ({reason}); --overwrite starts again") from error
+        except Exception as error:  # what is of another form can make torch raise nearly anything
+            raise ValueError(f"{path} does not fit this run ({_short(error)}); --overwrite starts again") from error
         self.follow(done)  # where the run was killed between last.pt and these
         return done
 
@@ -146,23 +154,45 @@ def read_config(path: Path) -> dict:
     return config
 
 
+def load_own(path: Path) -> dict:
+    """The content of a checkpoint of train.py. Raises FileNotFoundError, or ValueError where it is no such thing."""
+    saved = runs.load_checkpoint(path, need_hash=True)
+    try:
+        states = ("model", "optimizer", "scaler", "done", "rng")
+        about = {key: value for key, value in saved.items() if key not in states}
+        json.dumps(about, allow_nan=False)  # it goes into results.json
+        if type(saved["epoch"]) is not int or not isinstance(saved["config"], dict):
+            raise TypeError("epoch or config is of another type")
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no checkpoint of train.py ({_short(error)}); delete it and train again") from error
+    return saved
+
+
+def _short(value: object) -> str:
+    """What a file or an error says, for a message of one line."""
+    return ascii(" ".join(str(value).split())[:120])[1:-1]
+
+
 def load_run(folder: Path, which: str, config: dict, dataset: Dataset) -> tuple[nn.Module, dict]:
     """(network, checkpoint) of best.pt or last.pt, checked against the run's config.json and the data set.
 
     Raises FileNotFoundError or ValueError when it is missing, damaged, unfinished, or of another run.
     """
     path = folder / f"{which}.pt"
-    saved = runs.load_checkpoint(path, need_hash=True)
-    for key in ("arch", "dataset", "method", "seed"):
-        theirs = saved["config"].get(key) if isinstance(saved.get("config"), dict) else None
-        if theirs != config[key]:
-            raise ValueError(f"{path} is a checkpoint of {key} {theirs}, but the run is of {config[key]}; retrain it")
+    saved = load_own(path)
+    for key, theirs in saved["config"].items():
+        if key != "epochs" and theirs != config.get(key):
+            theirs, ours = _short(theirs), _short(config.get(key))
+            raise ValueError(f"{path} is a checkpoint of {_short(key)} {theirs}, but config.json says {ours}; retrain")
     model = build_model(config["arch"], len(dataset.classes), dataset.mean, dataset.std)
     try:
         model.load_state_dict(saved["model"])
-    except (RuntimeError, KeyError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise ValueError(f"{path} is no checkpoint of {config['arch']} for {dataset.name} ({reason})") from error
+        if not all(torch.isfinite(value).all() for value in model.state_dict().values()):
+            raise ValueError("its weights are not finite")
+    except Exception as error:  # what is of another form can make torch raise nearly anything
+        raise ValueError(
+            f"{path} is no checkpoint of {config['arch']} for {dataset.name} ({_short(error)}); train again"
+        ) from error
     if which == "last" and saved["epoch"] < config["epochs"]:
         raise ValueError(f"{folder} is unfinished ({saved['epoch']} of {config['epochs']} epochs); train with --resume")
     return model, saved
@@ -181,6 +211,6 @@ def load_foreign(
     model = build_model(arch, len(dataset.classes), mean, std)
     try:
         model.load_state_dict(match_state_dict(model, state))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    except Exception as error:  # what is of another form can make torch raise nearly anything
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
     return model, {"epoch": None}

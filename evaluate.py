@@ -11,10 +11,10 @@ when it is interrupted; the same command goes on.
 import argparse
 import csv
 import io
+import math
 import shutil
 import sys
 import time
-import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -195,21 +195,23 @@ def evaluate(
     labels = dataset.test_labels[:limit].numpy()
 
     def predictions(images: list[Tensor], name: str) -> tuple[np.ndarray, np.ndarray]:
-        pairs = [predict(model, x, dtype=dtype, **ensemble(config, f"{name}-{s}")) for s, x in enumerate(images, 1)]
+        pairs = []
+        for severity, x in enumerate(images, 1):
+            if stop.pending():
+                raise stop.stopped("what is evaluated is kept; the same command goes on")
+            pairs.append(predict(model, x, dtype=dtype, **ensemble(config, f"{name}-{severity}")))
         return np.stack([c.numpy() for c, _ in pairs]), np.stack([p.numpy() == labels for _, p in pairs])
 
     clean, cells = predict(model, dataset.test_images[:limit], dtype=dtype, **ensemble(config, "clean")), {}
     names = list(ALL_CORRUPTIONS if all19 else CORRUPTIONS)
     for name in names:
-        if (found := read_kept(kept / f"{name}.npz", key(name))) is not None:
+        if (found := read_kept(kept / f"{name}.npz", key(name), len(labels))) is not None:
             cells[name] = found
     bar = tqdm(total=5 * len(names), initial=5 * len(cells), desc="corrupted sets", unit="cell", disable=None)
     for name, images in corrupted_sets(dataset, root, [n for n in names if n not in cells], limit):
         cells[name] = predictions(images, name)
         write_kept(kept / f"{name}.npz", key(name), *cells[name])
         bar.update(5)
-        if stop.pending():
-            raise stop.stopped("what is evaluated is kept; the same command goes on")
     bar.close()
 
     clean_correct = clean[1].numpy() == labels
@@ -236,16 +238,21 @@ def write_kept(path: Path, key: str, confidence: np.ndarray, correct: np.ndarray
         np.savez(file, key=np.array(key), confidence=confidence, correct=correct)
 
 
-def read_kept(path: Path, key: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """What write_kept wrote under the same key, or None where there is none or it is damaged: it is evaluated anew."""
+def read_kept(path: Path, key: str, count: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """What write_kept wrote of `count` images under the same key; None where there is nothing or it is damaged.
+
+    It is evaluated anew then.
+    """
     try:
         data = path.read_bytes()
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-            if str(arrays["key"]) != key:
+            if sum(member.file_size for member in arrays.zip.infolist()) > len(data) or str(arrays["key"]) != key:
                 return None
-            return arrays["confidence"], arrays["correct"]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError):
+            confidence, correct = arrays["confidence"], arrays["correct"]
+    except Exception:  # damaged bytes can make zipfile and numpy raise nearly anything
         return None
+    fits = confidence.dtype == np.float32 and correct.dtype == bool and confidence.shape == correct.shape == (5, count)
+    return (confidence, correct) if fits and ((confidence >= 0) & (confidence <= 1)).all() else None
 
 
 def print_column(title: str, results: dict, checkpoint: str) -> None:
@@ -277,7 +284,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--checkpoint", help="a plain state dict trained elsewhere, instead of a run")
     add("--arch", choices=ARCHS, help="with --checkpoint: its network")
     add("--dataset", choices=tuple(CORRUPTED_FOLDERS), default="cifar10", help="with --checkpoint: its data set")
-    add("--mean", type=runs.number(float), nargs=3, help="with --checkpoint: of its normalisation, in [0, 1]")
+    add("--mean", type=runs.number(float, low=0, high=1), nargs=3, help="with --checkpoint: of its normalisation")
     add("--std", type=runs.number(float, above=0), nargs=3, help="with --checkpoint: of its normalisation")
     add("--no-normalize", action="store_true", help="with --checkpoint: it takes images in [0, 1] as they are")
     add("--out", help="file for the results; by default results.json in the run, or <checkpoint>.results.json")
@@ -313,11 +320,18 @@ def provenance(config: dict, saved: dict, dataset: Dataset, args: argparse.Names
 
 
 def train_seconds(folder: Path) -> float:
-    """The sum of the seconds in a run's timing.csv; 0 where there is none."""
-    if not (folder / "timing.csv").is_file():
+    """The sum of the seconds in a run's timing.csv; 0 where there is none. Raises ValueError where it is damaged."""
+    path = folder / "timing.csv"
+    if not path.is_file():
         return 0.0
-    with open(folder / "timing.csv", newline="") as rows:
-        return sum(float(row["seconds"]) for row in csv.DictReader(rows))
+    try:
+        with open(path, newline="") as rows:
+            seconds = sum(float(row["seconds"]) for row in csv.DictReader(rows))
+    except (ValueError, TypeError, KeyError, csv.Error):
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"{path} is damaged; train.py --resume writes it anew, deleting it leaves its seconds out")
+    return seconds
 
 
 def normalisation(args: argparse.Namespace, dataset: Dataset) -> tuple[tuple, tuple]:
@@ -342,7 +356,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.limit is not None and args.limit > len(dataset.test_images):
         raise ValueError(f"--limit {args.limit}: {dataset.name} has {len(dataset.test_images)} test images")
     verify_corrupted(dataset.name, args.data)
-    started, computed = time.monotonic(), {} if args.checkpoint else {"best": None, "last": None}
+    started, before = time.monotonic(), train_seconds(folder)
+    computed = {} if args.checkpoint else {"best": None, "last": None}
     with runs.lock(folder), runs.StopRequest() as stop:
         for which in ("foreign",) if args.checkpoint else ("last", "best"):
             if args.only not in (None, which) and not args.checkpoint:
@@ -360,8 +375,9 @@ def main(argv: list[str] | None = None) -> int:
             identity = f"{runs.sha256(path)} {args.limit} {dtype}"
 
             def key(name: str, identity: str = identity) -> str:
-                stat = (Path(args.data) / CORRUPTED_FOLDERS[dataset.name] / f"{name}.npy").stat()
-                return f"{identity} {stat.st_size} {stat.st_mtime_ns}"
+                file = Path(args.data) / CORRUPTED_FOLDERS[dataset.name] / f"{name}.npy"
+                stat = file.stat() if file.is_file() else None  # load_corrupted says how to make it
+                return f"{identity} {stat and (stat.st_size, stat.st_mtime_ns)}"
 
             model = model.to(device, memory_format=torch.channels_last)
             kept = folder / ".evaluation" / which
@@ -369,7 +385,7 @@ def main(argv: list[str] | None = None) -> int:
                          dtype=dtype, all19=args.all19, limit=args.limit)  # fmt: skip
             computed[which] = {"epoch": saved["epoch"], **e}
         seconds = time.monotonic() - started
-        wall = {"evaluation_seconds": round(seconds, 1), "wall_seconds": round(seconds + train_seconds(folder), 1)}
+        wall = {"evaluation_seconds": round(seconds, 1), "wall_seconds": round(seconds + before, 1)}
         results = provenance(config, saved, dataset, args) | wall | computed
         out = Path(args.out or (folder / "results.json" if args.run else f"{args.checkpoint}.results.json"))
         runs.write_json(out, results)

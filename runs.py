@@ -28,7 +28,8 @@ import numpy as np
 import torch
 
 MAX_JSON_BYTES = 16 * 2**20
-MAX_CHECKPOINT_BYTES = 4 * 2**30
+MAX_CHECKPOINT_BYTES = 2**29  # the largest of these networks with its optimiser has 200 million
+MAX_INT = 2**31 - 1
 
 
 class Stopped(Exception):
@@ -70,7 +71,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind: type, low: float = -math.inf, high: float = math.inf, above: float = -math.inf) -> Callable:
-    """An argparse type: a finite int or float within [low, high] and greater than `above`."""
+    """An argparse type: a finite int or float within [low, high] and greater than `above`; ints fit in 32 bits."""
+    high = min(high, MAX_INT) if kind is int else high
 
     def parse(text: str) -> int | float:
         try:
@@ -78,9 +80,9 @@ def number(kind: type, low: float = -math.inf, high: float = math.inf, above: fl
         except ValueError:
             expected = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"{text!r} is not {expected}") from None
-        if not math.isfinite(value) or not low <= value <= high or value <= above:
+        if not -math.inf < value < math.inf or not low <= value <= high or value <= above:
             wanted = f"above {above:g}" if above > -math.inf else f"at least {low:g}"
-            wanted += f" and at most {high:g}" if high < math.inf else ""
+            wanted += f" and at most {high}" if high < math.inf and (value > high or high != MAX_INT) else ""
             raise argparse.ArgumentTypeError(f"{text} is out of range, it must be {wanted}")
         return value
 
@@ -184,7 +186,10 @@ def sha256(path: str | Path) -> str:
 
 @contextmanager
 def lock(folder: str | Path) -> Iterator[None]:
-    """Hold `folder` for this process. Raises ValueError if another holds it; a dead process leaves no lock behind."""
+    """Hold `folder` for this process. Raises ValueError if another holds it; a dead process leaves no lock behind.
+
+    The temporary files of one that was killed while writing are removed.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a") as file:
@@ -192,6 +197,8 @@ def lock(folder: str | Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"{folder} is in use by another process; wait for it or choose another folder") from None
+        for leftover in folder.glob(".*.tmp"):
+            leftover.unlink(missing_ok=True)
         yield  # the kernel drops the lock when the file closes, whatever ends the process
 
 

@@ -86,6 +86,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.method == "magnma" and args.n == 0 and (args.lambda1 > 0 or args.lambda2 > 0):
         raise ValueError("--n 0 with a positive --lambda1 or --lambda2: MAGNMA needs at least one sample")
+    if args.accumulate > args.batch_size:
+        raise ValueError(f"--accumulate {args.accumulate} is more than the {args.batch_size} images of --batch-size")
     if args.resume and args.overwrite:
         raise ValueError("--resume and --overwrite exclude each other")
     if args.pgd_step_size is None:
@@ -302,7 +304,8 @@ def open_folder(folder: Path, config: dict, resume: bool, overwrite: bool) -> No
         if not (resume or overwrite):
             raise ValueError(f"{folder} holds a run already; --resume goes on with it, --overwrite deletes it")
         if overwrite:
-            for name in ("config.json", "log.csv", "timing.csv", "last.pt", "best.pt", "results.json"):
+            # last.pt before what it explains: whenever this is killed, --resume does not go on with the old run
+            for name in ("results.json", "last.pt", "best.pt", "log.csv", "timing.csv", "config.json"):
                 (folder / name).unlink(missing_ok=True)
     if not (folder / "last.pt").exists():
         runs.write_json(folder / "config.json", config)
