@@ -256,7 +256,8 @@ def main(argv: list[str] | None = None) -> int:
     settings = {place: setting_of(group.shared) for place, group in chosen.items()}
     ours = {key: summarise(numbers) for key, numbers in values.items()}
     if args.claims:
-        header, rows = claim_rows(theirs, cells["5"], ours, settings)
+        alike = [not departures(g.shared) and g.shared["arch"] == g.place[1] for g in chosen.values()]
+        header, rows = claim_rows(theirs, cells["5"], ours, settings, all(alike))
         show(CLAIMS, header, rows, theirs | cells["5"], len(header))
     if args.significance:
         header, rows = significance_rows(values, settings, names)

@@ -589,3 +589,10 @@ def test_too_few_seeds_or_other_training_cannot_be_tested(tmp_path, capsys):
     out = capsys.readouterr().out
     assert re.search("AugMix +all +cannot say: 2 and 1 seeds, 2 of each needed", out)
     assert re.search("Standard +all +cannot say: not trained alike", out)
+
+
+def test_claims_say_where_our_runs_are_not_of_the_papers_recipe(tmp_path, capsys):
+    for epochs in (150, 3):
+        folder = write(tmp_path / str(epochs), results(hparams={"epochs": epochs}))
+        tables.main([str(folder), "--claims"])
+        assert ("Verdict on them (not the paper's recipe)" in capsys.readouterr().out) == (epochs == 3)
