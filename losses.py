@@ -64,7 +64,7 @@ def pgd_attack(
     batch-norm statistics stay untouched, and frozen: its parameters get no gradient. Returns x_adv, detached.
     Raises ValueError if epsilon or step_size is negative or steps < 0.
     """
-    if epsilon < 0 or step_size < 0 or steps < 0:
+    if not (epsilon >= 0 and step_size >= 0 and steps >= 0):
         raise ValueError(f"epsilon {epsilon}, step size {step_size} and steps {steps} of PGD must not be negative")
     network = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model  # no gradients to sync
     if start is None:
@@ -162,7 +162,7 @@ def rse_loss(
     model: nn.Module, x: Tensor, y: Tensor, *, rse_sigma: float, generator: Generator = None
 ) -> tuple[Tensor, Tensor]:
     """Eq. (4), random self-ensemble, noise on the input only: E_delta L(f(x + delta), y), delta ~ N(0, sigma^2 I)."""
-    if rse_sigma < 0:
+    if not rse_sigma >= 0:
         raise ValueError(f"the noise level of RSE must not be negative, not {rse_sigma}")
     (logits,) = forward(model, x + rse_sigma * as_draws(generator, x).normal(x.shape))
     return F.cross_entropy(logits, y), logits
@@ -204,7 +204,7 @@ def magnma_loss(
     A zero lambda skips its branch, which gives the paper's two ablations. The gradient flows through the weight
     [p(x)]_y and both arguments of D. Raises ValueError for a negative lambda, or n < 1 where a lambda is positive.
     """
-    if lambda1 < 0 or lambda2 < 0:
+    if not (lambda1 >= 0 and lambda2 >= 0):  # NaN fails too
         raise ValueError(f"lambda1 {lambda1} and lambda2 {lambda2} must not be negative")
     if n < 1 and (lambda1 > 0 or lambda2 > 0):
         raise ValueError(f"n must be at least 1 where lambda1 or lambda2 is positive, not {n}")
