@@ -197,8 +197,8 @@ def training(
 ) -> tuple[list[dict], dict[str, float]]:  # fmt: skip
     """Each variant on ResNet-18 as train.py runs it, the last ones if time is left; and rates of matrix products."""
     gpu, rows, end = device.type == "cuda", [], time.monotonic() + seconds
-    products = {t: matrix_product_rate(device, t) for t in (torch.bfloat16, torch.float32)}
-    product = products[torch.bfloat16 if gpu else torch.float32]
+    products = {t: matrix_product_rate(device, t) for t in (dtype or torch.bfloat16, torch.float32)}
+    product = products[dtype or torch.float32]
     variants = ESSENTIAL if short else tuple(VARIANTS)
     for k, variant in enumerate(variants):
         if time.monotonic() > end and variant not in ESSENTIAL:
@@ -274,9 +274,9 @@ def growth(
 def one_of_two(rank: int, folder: str, gpu: bool, arch: str) -> None:
     """A process of the two that time steps of 64 images: the first alone with all cores or one GPU, then both."""
     device, cores = torch.device("cuda", rank) if gpu else CPU, os.cpu_count() or 1
-    dist.init_process_group("nccl" if gpu else "gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
     if gpu:
         torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if gpu else "gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
     generator = torch.Generator().manual_seed(0)
     X = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8, generator=generator).to(device)
     Y, config = torch.arange(64, device=device) % 10, config_of("magnma", n=1)
