@@ -40,6 +40,7 @@ def in_cache(function: Callable[..., Tensor], images: Tensor, *arguments: Tensor
 # Operations on levels: one level per image, bit for bit Pillow's ImageOps
 
 
+@torch.compiler.disable  # a compiler's fused multiplication and addition would round otherwise
 def autocontrast(images: Tensor) -> Tensor:
     """Stretch each channel to the full range; a channel of one level stays. uint8 (B, 3, H, W) -> the same."""
     check_levels(images)
@@ -133,7 +134,7 @@ def _pick(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """images[b, :, rows, columns], black outside the image; integer rows and columns broadcast to (B, H, W)."""
     count, channels, height, width = images.shape
     index = (rows.clamp(-1, height) + 1) * (width + 2) + (columns.clamp(-1, width) + 1)
-    index = index.long().view(count, 1, -1).expand(-1, channels, -1)
+    index = index.long().view(count, 1, height * width).expand(-1, channels, -1)
     return F.pad(images, (1, 1, 1, 1)).flatten(2).gather(2, index).view_as(images)
 
 
@@ -142,6 +143,13 @@ def crop_and_flip(images: Tensor, crop: Tensor) -> Tensor:
     top, left, flip = crop.int().view(-1, 3, 1, 1).unbind(1)
     y, x = _rows_and_columns(images)
     return _pick(images, y + (top - PADDING), torch.where(flip > 0, x.flip(0), x) + (left - PADDING))
+
+
+def translate(images: Tensor, shift: Tensor) -> Tensor:
+    """Pillow's transform(AFFINE, (1, 0, x, 0, 1, y)) for whole pixels, shift (B, 2) = (x, y). uint8 -> the same."""
+    dx, dy = shift.int().to(images.device, non_blocking=True).view(-1, 2, 1, 1).unbind(1)
+    y, x = _rows_and_columns(images)
+    return _pick(images, y + dy, x + dx)
 
 
 def rotate_nearest(images: Tensor, matrix: Tensor) -> Tensor:
@@ -262,12 +270,15 @@ def operate(images: Tensor, op: Tensor, v: Tensor) -> Tensor:
     256 - floor(256 |v| / 10), floor(30 |v| / 10) degrees, shear 0.3 |v| / 10, floor(S / 3 |v| / 10) pixels;
     the sign of v is the direction of the last three.
     """
-    order = op.argsort()  # the images of one group after those of another: none, four that map levels, geometry
+    order = op.argsort()  # so that images of one operation are neighbours
     op, v = op[order], v[order].double()
-    sizes = torch.bincount((op + 1).clamp(max=ROTATE + 1), minlength=ROTATE + 2).tolist()
+    counts = torch.bincount(op + 1, minlength=len(OPERATIONS) + 1).tolist()
+    sizes = [*counts[: ROTATE + 1], sum(counts[ROTATE + 1 : TRANSLATE_X + 1]), sum(counts[TRANSLATE_X + 1 :])]
     bits = (4 - (4 * v.abs() / 10).floor()).int().to(images.device, non_blocking=True).split(sizes)
     threshold = (256 - (256 * v.abs() / 10).floor()).int().to(images.device, non_blocking=True).split(sizes)
     matrix = _augmix_matrix(op, v, images.shape[2]).split(sizes)
+    pixels = (images.shape[2] / 3 * v / 10).trunc()
+    shift = torch.stack([pixels * (op == TRANSLATE_X), pixels * (op == TRANSLATE_Y)], 1).split(sizes)
     groups = images.index_select(0, order.to(images.device, non_blocking=True)).split(sizes)
     results = [
         groups[0],
@@ -276,17 +287,17 @@ def operate(images: Tensor, op: Tensor, v: Tensor) -> Tensor:
         in_cache(posterize, groups[3], bits[3]),
         in_cache(solarize, groups[4], threshold[4]),
         in_cache(affine, groups[5], matrix[5]),
+        in_cache(translate, groups[6], shift[6]),
     ]
     return torch.cat(results).index_select(0, order.argsort().to(images.device, non_blocking=True))
 
 
 def _augmix_matrix(op: Tensor, v: Tensor, size: int) -> Tensor:
-    """The matrices (B, 6) of AugMix's geometric operations, op and v as in `operate`."""
-    degrees, shear, pixels = (30 * v / 10).trunc(), 0.3 * v / 10, (size / 3 * v / 10).trunc()
-    one = torch.ones_like(v)
-    to_x = [one, shear * (op == SHEAR_X), pixels * (op == TRANSLATE_X)]
-    to_y = [shear * (op == SHEAR_Y), one, pixels * (op == TRANSLATE_Y)]
-    return torch.where((op == ROTATE).unsqueeze(1), rotation_matrix(degrees, size), torch.stack(to_x + to_y, 1))
+    """The matrices (B, 6) of AugMix's rotation and shears, op and v as in `operate`."""
+    shear, one, zero = 0.3 * v / 10, torch.ones_like(v), torch.zeros_like(v)
+    sheared = torch.stack([one, shear * (op == SHEAR_X), zero, shear * (op == SHEAR_Y), one, zero], 1)
+    rotated = rotation_matrix((30 * v / 10).trunc(), size)
+    return torch.where((op == ROTATE).unsqueeze(1), rotated, sheared)
 
 
 @torch.no_grad()
