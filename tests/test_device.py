@@ -10,6 +10,8 @@ import torch
 
 import device
 
+FILE_TYPES = ("py", "json", "sh", "md", "csv", "pt")
+
 
 def test_torchvision_is_taken_as_it_is_where_it_fits(monkeypatch):
     """Declaring its operators beside a matching torchvision would abort the process."""
@@ -79,7 +81,7 @@ def test_every_name_in_the_readme_exists(root):
     """The table from the paper to the code: each `module.name` is there, and each file."""
     text = (root / "README.md").read_text()
     modules = {path.stem for path in root.glob("*.py")} | {"models"}
-    names = {m for m in re.findall(r"`(\w+)\.(\w+)`", text) if m[0] in modules and m[1] not in ("py", "json", "sh")}
+    names = {m for m in re.findall(r"`(\w+)\.(\w+)`", text) if m[0] in modules and m[1] not in FILE_TYPES}
     assert len(names) > 25
     for module, name in sorted(names):
         assert hasattr(__import__(module), name), f"{module}.{name}"
