@@ -168,9 +168,9 @@ def load_own(path: Path) -> dict:
     return saved
 
 
-def _short(value: object) -> str:
+def _short(value: object, characters: int = 120) -> str:
     """What a file or an error says, for a message of one line."""
-    return ascii(" ".join(str(value).split())[:120])[1:-1]
+    return ascii(" ".join(str(value).split())[:characters])[1:-1]
 
 
 def load_run(folder: Path, which: str, config: dict, dataset: Dataset) -> tuple[nn.Module, dict]:
@@ -212,5 +212,5 @@ def load_foreign(
     try:
         model.load_state_dict(match_state_dict(model, state))
     except Exception as error:  # what is of another form can make torch raise nearly anything
-        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path}: {_short(error, 400)}") from error
     return model, {"epoch": None}

@@ -12,7 +12,10 @@ import io
 import json
 import math
 import os
+import pickle
+import pickletools
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -29,6 +32,11 @@ import torch
 
 MAX_JSON_BYTES = 16 * 2**20
 MAX_CHECKPOINT_BYTES = 2**29  # the largest of these networks with its optimiser has 200 million
+MAX_PICKLE_BYTES = 2**22  # and their names and shapes 200 thousand
+OF_TENSORS = (
+    r"collections OrderedDict|torch (\w+Storage|Size|device|[a-z]+\d+)"
+    r"|torch._utils _rebuild_(tensor_v2|parameter)"
+)
 MAX_INT = 2**31 - 1
 
 
@@ -222,9 +230,9 @@ def save_checkpoint(path: str | Path, content: dict) -> None:
 def load_checkpoint(path: str | Path, need_hash: bool = False) -> dict:
     """Read a checkpoint on the CPU after checking its structure, each member's CRC, and the SHA-256 where it has one.
 
-    torch reads nothing before all of that held, and then with weights_only=True. Raises FileNotFoundError, or
-    ValueError when the file is damaged, is no torch checkpoint, wants to run code, holds no dict, or lacks a hash
-    although `need_hash`.
+    torch reads nothing before all of that held and its pickle names nothing but tensors, and then with
+    weights_only=True. Raises FileNotFoundError, or ValueError when the file is damaged, is no torch checkpoint, wants
+    to run code, holds no dict, or lacks a hash although `need_hash`.
     """
     path = Path(path)
     if not path.is_file():
@@ -246,13 +254,27 @@ def load_checkpoint(path: str | Path, need_hash: bool = False) -> dict:
                 raise ValueError("its SHA-256 does not match its content")
             if need_hash and not digests:
                 raise ValueError("it holds no SHA-256, so this program did not write it")
+            for name in archive.namelist():
+                if name.lower().endswith("data.pkl"):
+                    _check_pickle(archive.read(name))
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes can make zipfile and torch raise nearly anything
-        reason = " ".join(str(error).split())[:120]
+        reason = ascii(" ".join(str(error).split())[:120])[1:-1]
+        if isinstance(error, pickle.UnpicklingError):  # torch's own advice is to trust the file
+            reason = "its data.pkl is damaged"
         raise ValueError(f"{path} is not a whole torch checkpoint ({reason}); delete it or name another") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a checkpoint's dict; name another file")
     return content
+
+
+def _check_pickle(data: bytes) -> None:
+    """ValueError where data.pkl names more than tensors: weights_only would admit, and allocate, bytearray(2**33)."""
+    if len(data) > MAX_PICKLE_BYTES:
+        raise ValueError(f"its data.pkl has more than {MAX_PICKLE_BYTES} bytes")
+    for opcode, name, _ in pickletools.genops(data):
+        if opcode.name == "GLOBAL" and not re.fullmatch(OF_TENSORS, name):
+            raise ValueError(f"it holds {name[:60]!a}, but only tensors are read: save the state_dict() alone")
 
 
 def _digest_of_members(archive: zipfile.ZipFile) -> str:
