@@ -20,7 +20,7 @@
 
 set -euo pipefail
 shopt -s nullglob
-again="bash $0${*:+ ${*@Q}}"
+again=$(printf ' %q' bash "$0" "$@")
 [[ ${PYTHON:-} == */* ]] && PYTHON=$(realpath -s "$PYTHON") # it may be relative to where the caller is
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -264,6 +264,6 @@ if [[ -n $listing ]]; then
   exit
 fi
 setup
-flags+=(--root "$root" --gpus "$gpus" --again "$again")
+flags+=(--root "$root" --gpus "$gpus" --again "${again# }")
 [[ $part == demo ]] && flags+=(-- tables.py "$root" --table 3 --dataset digits --arch resnet20 --checkpoint last)
 exec "$PYTHON" run_list.py "${flags[@]}" < <(commands | cut -f 1-5)

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
 
@@ -142,6 +143,34 @@ def work(lines: list[str], *flags: str, monkeypatch: pytest.MonkeyPatch) -> int:
 def calls(folder: Path) -> list[list[str]]:
     """What the stand-ins noted, a list of words a call."""
     return [entry.split() for entry in (folder / "calls").read_text().splitlines()]
+
+
+def until(condition: Callable[[], object], seconds: float = 120) -> None:
+    """Wait until it holds; not for ever."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def children_of(pid: int) -> list[int]:
+    """Its child processes that are alive, from /proc."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
+        except OSError:
+            continue  # it has ended meanwhile
+        if int(parent) == pid and state != "Z":
+            found.append(int(stat.parent.name))
+    return found
 
 
 # The list
@@ -462,6 +491,46 @@ def test_what_is_no_line_of_the_list_is_refused(fakes: Path, monkeypatch: pytest
         work(["hello\n"], monkeypatch=monkeypatch)
 
 
+def test_commands_die_with_their_parent() -> None:
+    parent = os.fork()
+    if parent == 0:
+        try:
+            children = run_list.Children()
+            children.start(lambda: time.sleep(100))
+            children.wait()
+        finally:
+            os._exit(1)
+    until(lambda: children_of(parent))
+    time.sleep(0.5)  # to have become the parent's ward
+    family = children_of(parent)
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    until(lambda: not any(map(is_alive, family)), seconds=20)
+
+
+def test_a_terminals_interrupt_reaches_the_commands_once(tmp_path: Path) -> None:
+    (tmp_path / "count.py").write_text("""if True:
+        import signal, time
+        signal.signal(signal.SIGINT, lambda *_: print("interrupted", flush=True))
+        print("ready", flush=True)
+        time.sleep(2)
+    """)
+    log = tmp_path / "log"
+    parent = os.fork()
+    if parent == 0:
+        try:
+            os.setsid()
+            children = run_list.Children()
+            children.start(lambda: run_list.execute([str(tmp_path / "count.py")]), log)
+            children.wait()
+        finally:
+            os._exit(0)
+    until(lambda: log.is_file() and "ready" in log.read_text())
+    os.killpg(parent, signal.SIGINT)
+    os.waitpid(parent, 0)
+    assert log.read_text() == "ready\ninterrupted\n"
+
+
 # Real runs
 
 
@@ -472,6 +541,7 @@ def dozen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = bash(project, "--scale", "quick", "--only", ",".join(DOZEN))
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "12 runs: 12 finished"
+    (project / "output").write_text(done.stdout)
     return project
 
 
@@ -483,6 +553,12 @@ def test_a_dozen_quick_runs_leave_results_that_say_what_they_stand_for(dozen: Pa
         got = [results[name] for name in ("method", "tag", "seed", "stands_for", "limit", "train_images")]
         assert got == [args.method, args.tag, args.seed, args.stands_for, 4, 64]
         assert results["corruption_source"] == "generated"
+
+
+def longest_seconds(dozen: Path) -> float:
+    """What one of the dozen took at most, training and evaluation."""
+    lines = (dozen / "output").read_text().splitlines()
+    return max(float(text.split(" after ")[1].split()[0]) for text in lines if "finished after" in text)
 
 
 def check_kills(dozen: Path, folder: Path, kills: int) -> None:
@@ -513,9 +589,12 @@ def check_kills(dozen: Path, folder: Path, kills: int) -> None:
 
     for _ in range(kills):
         child = start()
-        time.sleep(chance.uniform(0.1, 4))
+        until(lambda child=child: children_of(child) or not is_alive(child))  # at work, or nothing was left to do
+        time.sleep(chance.uniform(0, longest_seconds(dozen) / 2))
+        family = [child, *children_of(child)]
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+        until(lambda family=family: not any(map(is_alive, family)))  # no run is left behind
     assert os.waitpid(start(), 0)[1] == 0, (project / "output").read_text()
     for training, _ in pairs:
         run = parse_train(training[1:]).out
