@@ -42,6 +42,7 @@ class Saver:
         f_theta: nn.Module,
         theta: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler | None,
+        amp: str,
     ):
         self.config, self.folder, self.device = config, folder, device
         self.f_theta, self.theta, self.scaler = f_theta, theta, scaler
@@ -49,7 +50,7 @@ class Saver:
             "config": {key: value for key, value in config.items() if key not in MAY_DIFFER},
             "data_source": dataset.source,
             "train_images": len(dataset.train_images[: config["subset"]]),
-            "amp": config["amp"],
+            "amp": amp,
             "device": hardware.describe(device),
             "versions": runs.versions(),
             "commit": runs.commit(),
@@ -80,7 +81,7 @@ class Saver:
         write_csv(self.folder / "log.csv", "epoch,lr,train_loss,train_accuracy,test_accuracy", done["log"])
         write_csv(self.folder / "timing.csv", "epoch,seconds,images_per_second,peak_memory_mib", done["timing"])
 
-    def restore(self) -> dict:
+    def restore(self, follow: bool = True) -> dict:
         """Load last.pt into the network, the optimiser and the random states; return the progress.
 
         Raises ValueError naming the flag that differs, or what the checkpoint lacks.
@@ -108,7 +109,8 @@ class Saver:
             set_rng_state(saved["rng"], self.device)
         except Exception as error:  # what is of another form can make torch raise nearly anything
             raise ValueError(f"{path} does not fit this run ({_short(error)}); --overwrite starts again") from error
-        self.follow(done)  # where the run was killed between last.pt and these
+        if follow:
+            self.follow(done)  # where the run was killed between last.pt and these
         return done
 
 
@@ -193,8 +195,9 @@ def load_run(folder: Path, which: str, config: dict, dataset: Dataset) -> tuple[
         raise ValueError(
             f"{path} is no checkpoint of {config['arch']} for {dataset.name} ({_short(error)}); train again"
         ) from error
-    if which == "last" and saved["epoch"] < config["epochs"]:
-        raise ValueError(f"{folder} is unfinished ({saved['epoch']} of {config['epochs']} epochs); train with --resume")
+    done = saved["epoch"] if which == "last" else load_own(folder / "last.pt")["epoch"]
+    if done < config["epochs"]:
+        raise ValueError(f"{folder} is unfinished ({done} of {config['epochs']} epochs); train with --resume")
     return model, saved
 
 

@@ -304,7 +304,9 @@ def _verify(name: str, root: str | Path, files: list[str]) -> None:
     for file in tqdm(files, desc=f"checking {folder.name}", delay=2, leave=False, disable=None):
         path = folder / file
         if file not in hashes:
-            raise ValueError(f"{record} does not list {file}, so the set is unfinished; {_how_to_make(name, root)}")
+            rest = " --all19" if file == "gaussian_noise.npy" else ""
+            command = f"python corruptions.py --dataset {name} --data {root}{rest}"
+            raise ValueError(f"{record} does not list {file}, so the set is unfinished; finish it with `{command}`")
         if not path.is_file():
             raise FileNotFoundError(f"no file {path}; {_how_to_make(name, root)}")
         entry = [path.stat().st_size, path.stat().st_mtime_ns, hashes[file]]

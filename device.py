@@ -1,7 +1,7 @@
 """What the machine offers: torchvision, the device, mixed precision, compilation, torch.distributed.
 
 Everything that depends on the hardware is asked for here, so that the other files hold the paper's
-arithmetic alone. Keeps to the API of torch 2.7, the last one with kernels for V100s.
+arithmetic alone. Keeps to the API of torch 2.7, which has builds for V100s.
 """
 
 import os
@@ -83,6 +83,11 @@ def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
     if amp == "fp16" and device.type == "cpu":
         raise ValueError("--amp fp16 needs a GPU; use bf16 or off on a CPU")
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
+
+
+def amp_name(dtype: torch.dtype | None) -> str:
+    """What `--amp auto` came to, for results: bf16, fp16 or off."""
+    return {torch.bfloat16: "bf16", torch.float16: "fp16", None: "off"}[dtype]
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager:

@@ -298,7 +298,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def provenance(config: dict, saved: dict, dataset: Dataset, args: argparse.Namespace) -> dict:
+def provenance(
+    config: dict, saved: dict, dataset: Dataset, args: argparse.Namespace, device: torch.device
+) -> dict:
     """All of results.json but its "best" and "last" and its times: which run, on what data, made with what."""
     return {
         **{key: config.get(key) for key in ("dataset", "arch", "method", "tag", "seed")},
@@ -311,8 +313,8 @@ def provenance(config: dict, saved: dict, dataset: Dataset, args: argparse.Names
         "stands_for": config.get("stands_for"),
         **{key: saved.get(key) for key in ("amp", "device", "versions", "commit")},
         "evaluation": {
-            "amp": args.amp,
-            "device": hardware.describe(hardware.pick_device(args.device)),
+            "amp": hardware.amp_name(hardware.amp_dtype(args.amp, device)),
+            "device": hardware.describe(device),
             "versions": runs.versions(),
             "commit": runs.commit(),
         },
@@ -356,6 +358,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.limit is not None and args.limit > len(dataset.test_images):
         raise ValueError(f"--limit {args.limit}: {dataset.name} has {len(dataset.test_images)} test images")
     verify_corrupted(dataset.name, args.data)
+    for name in ALL_CORRUPTIONS if args.all19 else CORRUPTIONS:  # all are there before the first is evaluated
+        load_corrupted(dataset.name, args.data, name, 1, limit=1)
     started, before = time.monotonic(), train_seconds(folder)
     computed = {} if args.checkpoint else {"best": None, "last": None}
     with runs.lock(folder), runs.StopRequest() as stop:
@@ -386,7 +390,7 @@ def main(argv: list[str] | None = None) -> int:
             computed[which] = {"epoch": saved["epoch"], **e}
         seconds = time.monotonic() - started
         wall = {"evaluation_seconds": round(seconds, 1), "wall_seconds": round(seconds + before, 1)}
-        results = provenance(config, saved, dataset, args) | wall | computed
+        results = provenance(config, saved, dataset, args, device) | wall | computed
         out = Path(args.out or (folder / "results.json" if args.run else f"{args.checkpoint}.results.json"))
         runs.write_json(out, results)
         shutil.rmtree(folder / ".evaluation" if args.run else folder, ignore_errors=True)

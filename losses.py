@@ -75,8 +75,8 @@ def pgd_attack(
             x_adv.requires_grad_(True)
             with torch.enable_grad():
                 (logits,) = forward(network, x_adv)
-                # each image's gradient is its own, in eval mode; their sum avoids underflow in half precision
-                (gradient,) = torch.autograd.grad(len(x) * objective(logits, y), x_adv)
+                # only its sign counts: the factor keeps small gradients from underflow in half precision
+                (gradient,) = torch.autograd.grad(1024.0 * objective(logits, y), x_adv)
             x_adv = project(x_adv.detach() + step_size * gradient.sign(), x, epsilon)
     return x_adv.detach()
 

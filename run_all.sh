@@ -96,7 +96,7 @@ commands() {
         evaluate="--limit 4 --device cpu"
         ;;
       demo)
-        train="--dataset digits --arch resnet20 --epochs 8 --batch-size 32 --n 1 --device cpu"
+        train="--dataset digits --arch resnet20 --epochs 8 --batch-size 32 --lr 0.02 --n 1 --device cpu"
         evaluate="--only last --device cpu"
         ;;
     esac
@@ -168,6 +168,11 @@ setup() {
   local wanted
   wanted=$(cksum <requirements.txt)
   [[ -f .venv/installed && $(<.venv/installed) == "$wanted" ]] && return
+  if command -v flock >/dev/null; then # the jobs of an array may all start here: one installs, the others wait
+    exec 9>.setup.lock
+    flock 9
+    [[ -f .venv/installed && $(<.venv/installed) == "$wanted" ]] && return
+  fi
   command -v python3 >/dev/null || die "no python3; install Python 3.11 or newer, or name one: PYTHON=/path/to/python"
   python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
     die "$(python3 --version) is too old; install Python 3.11 or newer, or name one: PYTHON=/path/to/python"
@@ -179,6 +184,7 @@ setup() {
     die "pip failed, its message is above; the same command tries again, PYTHON=/path/to/python uses what you have"
   fi
   echo "$wanted" >.venv/installed
+  exec 9>&-
 }
 
 # The command line -----------------------------------------------------------------------------------------------------

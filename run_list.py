@@ -77,8 +77,11 @@ def is_whole(run: Run) -> bool:
 
 def is_trained(run: Run) -> bool:
     """Is the last epoch logged? train.py ends with exit code 0, too, when it pauses after --max-minutes."""
-    with open(run.folder / "log.csv", newline="") as rows:
-        return sum(1 for _ in csv.DictReader(rows)) >= runs.read_json(run.folder / "config.json")["epochs"]
+    try:
+        with open(run.folder / "log.csv", newline="") as rows:
+            return sum(1 for _ in csv.DictReader(rows)) >= runs.read_json(run.folder / "config.json")["epochs"]
+    except (OSError, ValueError, KeyError):  # it paused within its first epoch
+        return False
 
 
 # Child processes

@@ -60,6 +60,9 @@ def run_main(main: Callable[[], int | None]) -> int:
     except Stopped as stop:
         print(f"{script}: {stop}", file=sys.stderr)
         return stop.exit_code
+    except torch.OutOfMemoryError:
+        print(f"{script}: the GPU's memory is full; train.py --accumulate 2 (or more) needs less", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"{script}: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT

@@ -34,13 +34,14 @@ import device as hardware
 import runs
 from augment import apply_preprocessing, preprocess
 from checkpoints import Saver
-from data import Dataset, load_dataset
+from data import DATASETS, Dataset, load_dataset
 from draws import Draws
 from evaluate import ensemble, predict
 from losses import METHODS
 from models import ARCHS, build_model
 
 MOMENTUM = 0.9
+GO_ON = "the same command with --resume goes on from here"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -48,7 +49,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     at_least, above = (lambda kind, low: runs.number(kind, low=low)), (lambda low: runs.number(float, above=low))
     parser = runs.Parser(description="Train one network by one method (Algorithm 1 of the paper).")
     add = parser.add_argument
-    add("--dataset", choices=("cifar10", "cifar100", "digits"), default="cifar10", help="digits needs no download")
+    add("--dataset", choices=DATASETS, default="cifar10", help="digits needs no download")
     add("--data", default="data", help="folder of the data sets")
     add("--method", choices=tuple(METHODS), default="magnma", help="the training criterion, Eq. (1)-(6) and (12)")
     add("--arch", choices=ARCHS, default="resnet18", help="the network")
@@ -79,7 +80,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; by default on CUDA")
     add("--tag", help="of the run's folder; by default told from MAGNMA's hyperparameters")
     add("--out", help="the run's folder; by default runs/<dataset>/<arch>/<method>[-<tag>]/seed<k>")
-    add("--stands-for", help="DATASET/ARCH that this run stands in for, when only the machinery is tried")
+    places = [f"{dataset}/{arch}" for dataset in DATASETS for arch in ARCHS]
+    add("--stands-for", choices=places, metavar="DATASET/ARCH",
+        help="what this run stands in for, when only the machinery is tried")
     add("--resume", action="store_true", help="go on where the run stopped; from the start if there is nothing yet")
     add("--overwrite", action="store_true", help="delete what is in the run's folder and start again")
     add("--max-minutes", type=above(0), help="save and stop after this time; --resume goes on")
@@ -171,7 +174,7 @@ def train(
     """Algorithm 1: train f_theta for T epochs, with a checkpoint after each.
 
     Raises ValueError when the loss is no longer finite, or the checkpoint to resume does not fit; runs.Stopped when
-    `stop` is pending, with what was done so far saved (on one device to the step, on several to the last epoch).
+    `stop` is pending, with what was done saved: on one device within a step, on several at the end of the epoch.
     """
     seed, T, batch_size, hflip = config["seed"], config["epochs"], config["batch_size"], dataset.hflip
     torch.manual_seed(seed)
@@ -185,11 +188,12 @@ def train(
     theta, scaler = optimiser(f_theta, config, device, dtype)
     done = {"epoch": 0, "step": 0, "loss_sum": 0.0, "correct": 0.0, "seconds": 0.0,
             "best_epoch": 0, "best_accuracy": -1.0, "log": [], "timing": []}  # fmt: skip
-    save = Saver(config, folder, dataset, device, f_theta, theta, scaler)
+    save = Saver(config, folder, dataset, device, f_theta, theta, scaler, hardware.amp_name(dtype))
     if resume and (folder / "last.pt").exists():
-        done = save.restore()
+        done = save.restore(follow=rank == 0)
 
     X, Y = dataset.train_images[: config["subset"]].to(device), dataset.train_labels[: config["subset"]].to(device)
+    test_images = dataset.test_images.to(device)
     for t in range(done["epoch"], T):  # for t = 0 to T-1 do
         eta_t = learning_rate(config["lr"], t, T)
         theta.param_groups[0] |= {"lr": eta_t, "fused": device.type == "cuda"}
@@ -212,27 +216,28 @@ def train(
             loss_sum += step_loss
             correct += step_correct
             bar.update(len(batch))
-            if stop.pending():
-                if world == 1:
-                    seconds = seconds_before + time.monotonic() - started
-                    save.last(done | {"epoch": t, "step": step + 1, "loss_sum": loss_sum.item(),
-                                      "correct": correct.item(), "seconds": seconds})  # fmt: skip
+            if stop.pending() and world == 1:  # several processes stop together, at the end of the epoch
                 bar.close()
-                raise stop.stopped("the same command with --resume goes on from here")
+                check_finite(loss_sum.item(), t, folder)
+                seconds = seconds_before + time.monotonic() - started
+                save.last(done | {"epoch": t, "step": step + 1, "loss_sum": loss_sum.item(),
+                                  "correct": correct.item(), "seconds": seconds})  # fmt: skip
+                raise stop.stopped(GO_ON)
         bar.close()
+        pending = torch.tensor(float(stop.pending()), device=device)
         if world > 1:
-            dist.all_reduce(loss_sum)
-            dist.all_reduce(correct)
+            for total in (loss_sum, correct, pending):
+                dist.all_reduce(total)
         images = sum(map(len, batches))
         train_loss, train_accuracy = loss_sum.item() / images, 100 * correct.item() / images
         seconds = seconds_before + time.monotonic() - started
-        if not np.isfinite(train_loss):
-            raise ValueError(f"the training loss of epoch {t + 1} is {train_loss}; {folder} keeps the last good epoch."
-                             " Try a smaller --lr, or --amp off")  # fmt: skip
+        check_finite(train_loss, t, folder)
         if rank > 0:
             done |= {"step": 0, "loss_sum": 0.0, "correct": 0.0, "seconds": 0.0}
+            if pending and t + 1 < T:
+                raise stop.stopped(GO_ON)
             continue
-        test_accuracy = 100 * accuracy(f_theta, dataset, config, dtype)
+        test_accuracy = 100 * accuracy(f_theta, test_images, dataset.test_labels, config, dtype)
         if test_accuracy > done["best_accuracy"]:
             done |= {"best_epoch": t + 1, "best_accuracy": test_accuracy}
         done["log"].append([t + 1, eta_t, train_loss, train_accuracy, test_accuracy])
@@ -241,13 +246,20 @@ def train(
         save.epoch(done)
         tqdm.write(f"epoch {t + 1}/{T}  lr {eta_t:g}  loss {train_loss:.4f}  train {train_accuracy:.2f}%"
                    f"  test {test_accuracy:.2f}%  {seconds:.1f} s")  # fmt: skip
+        if pending and t + 1 < T:
+            raise stop.stopped(GO_ON)
+
+
+def check_finite(loss: float, t: int, folder: Path) -> None:
+    """Raise ValueError if the loss of epoch t is not a finite number, before anything of it is saved."""
+    if not np.isfinite(loss):
+        raise ValueError(f"the training loss of epoch {t + 1} is {loss}; {folder} keeps what was saved before."
+                         " Try a smaller --lr, or --amp off")  # fmt: skip
 
 
 def parallel(f_theta: nn.Module, config: dict, device: torch.device, compiled: bool, world: int) -> nn.Module:
     """f_theta as it is run: batch norm in common, compiled, replicated; its parameters are f_theta's own."""
     if config["sync_bn"]:
-        if device.type != "cuda" or world == 1:
-            raise ValueError("--sync-bn needs GPUs and torchrun; leave it out on one device")
         nn.SyncBatchNorm.convert_sync_batchnorm(f_theta)
     # Standard at |B| = 128 is bound by kernel launches, which CUDA graphs take away
     graphs = device.type == "cuda" and config["method"] == "standard" and world == 1 and config["accumulate"] == 1
@@ -285,10 +297,10 @@ def update(theta: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None) ->
     theta.zero_grad(set_to_none=True)
 
 
-def accuracy(f_theta: nn.Module, dataset: Dataset, config: dict, dtype: torch.dtype | None) -> float:
+def accuracy(f_theta: nn.Module, images: Tensor, labels: Tensor, config: dict, dtype: torch.dtype | None) -> float:
     """Clean test accuracy in [0, 1]; RSE with its test-time ensemble."""
-    _, prediction = predict(f_theta, dataset.test_images, dtype=dtype, **ensemble(config, "clean"))
-    return (prediction == dataset.test_labels).double().mean().item()
+    _, prediction = predict(f_theta, images, dtype=dtype, **ensemble(config, "clean"))
+    return (prediction == labels).double().mean().item()
 
 
 def peak_memory_mib(device: torch.device) -> float:
@@ -300,7 +312,7 @@ def peak_memory_mib(device: torch.device) -> float:
 
 def open_folder(folder: Path, config: dict, resume: bool, overwrite: bool) -> None:
     """Make the run's folder ready and write config.json. Raises ValueError where a run is there already."""
-    if (folder / "config.json").exists() or (folder / "last.pt").exists():
+    if (folder / "last.pt").exists() or (folder / "results.json").exists():
         if not (resume or overwrite):
             raise ValueError(f"{folder} holds a run already; --resume goes on with it, --overwrite deletes it")
         if overwrite:
@@ -321,9 +333,15 @@ def main(argv: list[str] | None = None) -> int:
     if compiled and (reason := hardware.compiler_missing(device)):
         tqdm.write(f"not compiling: {reason}")
         compiled = False
+    if rank > 0:
+        dist.barrier()  # the first process may have to download
     dataset = load_dataset(args.dataset, args.data)
+    if world > 1 and rank == 0:
+        dist.barrier()
     if args.subset is not None and args.subset > len(dataset.train_images):
         raise ValueError(f"--subset {args.subset}: {args.dataset} has {len(dataset.train_images)} training images")
+    if args.sync_bn and (device.type != "cuda" or world == 1):
+        raise ValueError("--sync-bn needs GPUs and torchrun; leave it out on one device")
     folder = Path(args.out or runs.run_folder("runs", args.dataset, args.arch, args.method, args.tag, args.seed))
     config = vars(args)
     with runs.lock(folder) if rank == 0 else nullcontext(), runs.StopRequest(args.max_minutes) as stop:
@@ -331,6 +349,8 @@ def main(argv: list[str] | None = None) -> int:
             open_folder(folder, config, args.resume, args.overwrite)
             tqdm.write(f"{folder}: {args.method}, {args.arch}, {args.dataset} ({dataset.source}), "
                        f"{hardware.describe(device)}" + (f" x {world}" if world > 1 else ""))  # fmt: skip
+        if world > 1:
+            dist.barrier()  # the folder is ready
         train(config, folder, dataset, device, stop, dtype=dtype, compiled=compiled, resume=args.resume,
               rank=rank, world=world)  # fmt: skip
     if world > 1:

@@ -322,6 +322,17 @@ def test_labels_that_disagree(workplace, tmp_path):
         evaluate.main([str(workplace / "run"), "--data", str(tmp_path), "--limit", "2"])
 
 
+def test_best_of_an_unfinished_run_is_refused(workplace):
+    part = workplace / "part"
+    part.mkdir(exist_ok=True)
+    for name in ("config.json", "last.pt", "best.pt"):
+        (part / name).write_bytes((workplace / "run" / name).read_bytes())
+    config = json.loads((part / "config.json").read_text())
+    runs.write_json(part / "config.json", config | {"epochs": 3})
+    with pytest.raises(ValueError, match="unfinished"):
+        run_evaluate(workplace, "--only", "best", run="part")
+
+
 def test_without_corrupted_sets_the_commands_are_named(workplace, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"corruptions\.py --dataset digits"):
         evaluate.main([str(workplace / "run"), "--data", str(tmp_path)])

@@ -189,6 +189,23 @@ def test_a_stopped_run_resumes_bit_for_bit(undisturbed, tmp_path, monkeypatch, s
     assert (undisturbed / "log.csv").read_bytes() == (tmp_path / "r" / "log.csv").read_bytes()
 
 
+def test_what_is_refused_late_deletes_nothing(undisturbed):
+    before = sorted(p.name for p in undisturbed.iterdir())
+    with pytest.raises(ValueError, match="--sync-bn"):
+        run(undisturbed, "--epochs", "3", "--overwrite", "--sync-bn")
+    assert sorted(p.name for p in undisturbed.iterdir()) == before
+
+
+def test_a_pause_does_not_save_a_loss_that_is_not_finite(tmp_path, monkeypatch):
+    run(tmp_path / "r", "--epochs", "1")
+    before = (tmp_path / "r" / "last.pt").read_bytes()
+    nothing = torch.tensor(float("nan"))
+    monkeypatch.setattr(train, "train_step", lambda *_, **__: (nothing, nothing))
+    with pytest.raises(ValueError, match="is nan"):
+        run(tmp_path / "r", "--epochs", "1", "--overwrite", "--max-minutes", "1e-6")
+    assert not (tmp_path / "r" / "last.pt").exists() or (tmp_path / "r" / "last.pt").read_bytes() == before
+
+
 def test_the_time_limit_pauses(tmp_path):
     with pytest.raises(runs.Stopped, match="paused") as stopped:
         run(tmp_path / "r", "--epochs", "3", "--max-minutes", "1e-6")
@@ -279,7 +296,8 @@ def test_micro_batches_give_the_gradient_of_the_whole(method, tmp_path):
         gradients.append((loss_sum, correct, *(p.grad for p in model.parameters())))
     for other in gradients[1:]:
         for a, b in zip(gradients[0], other, strict=True):
-            assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+            # in PGD the sign of a gradient near 0 can turn
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-3 if method in ("at", "trades") else 1e-5)
 
 
 def worker(rank, world, folder, port):
