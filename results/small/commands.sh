@@ -11,3 +11,4 @@ done
 python tables.py results/small --table 3 --arch resnet20 --format markdown > results/small/table3.md
 python tables.py results/small --claims --arch resnet20 --format markdown > results/small/claims.md
 python tables.py results/small --arch resnet20 --figures results/small/figures   # four of them are kept
+# before the last three lines, log.csv, timing.csv and results.json of each run were copied to results/small/
