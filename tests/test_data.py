@@ -452,7 +452,7 @@ def test_an_unfinished_set_serves_the_files_it_lists(folder: Path) -> None:
     load_corrupted("cifar10", folder.parent, "snow", 1)
     with pytest.raises(FileNotFoundError, match=r"no file .*fog.npy; make it with"):
         load_corrupted("cifar10", folder.parent, "fog", 1)
-    with pytest.raises(ValueError, match=r"generated.json does not list frost.npy, so the set is unfinished; finish it"):
+    with pytest.raises(ValueError, match=r"does not list frost.npy, so the set is unfinished; finish it"):
         load_corrupted("cifar10", folder.parent, "frost", 1)
 
 
