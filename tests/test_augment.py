@@ -445,6 +445,7 @@ def test_inner_functions_compile_and_agree():
     matrix = augment._augmix_matrix(op, torch.linspace(-3, 3, 16, dtype=torch.float64), 32)
     cases = [
         (augment.apply_preprocessing, *augment.draw_preprocessing(Draws(seeded(27), seeded(27)), 16, 32, True)),
+        (autocontrast,),
         (equalize,),
         (posterize, torch.arange(16) % 9),
         (solarize, torch.arange(16) * 17),
@@ -456,8 +457,7 @@ def test_inner_functions_compile_and_agree():
         assert (distance <= 1).all()  # a fused multiplication and addition may round otherwise
         assert (distance == 0).float().mean() > 0.99
     torch.testing.assert_close(torch.compile(augment.mix, fullgraph=True)(x, w, images), augment.mix(x, w, images))
-    assert torch.equal(torch.compile(autocontrast)(images), autocontrast(images))  # a break in the graph, but exact
-    assert torch.equal(torch.compile(augmix)(x, seeded(28)), augmix(x, seeded(28)))
+    torch.testing.assert_close(torch.compile(augmix)(x, seeded(28)), augmix(x, seeded(28)), atol=1e-6, rtol=0)
     whole = torch.compile(preprocess)(images, True, seeded(28))
     assert ((whole.int() - preprocess(images, True, seeded(28)).int()).abs() <= 1).all()
 
