@@ -202,8 +202,10 @@ def evaluate(
             pairs.append(predict(model, x, dtype=dtype, **ensemble(config, f"{name}-{severity}")))
         return np.stack([c.numpy() for c, _ in pairs]), np.stack([p.numpy() == labels for _, p in pairs])
 
-    clean, cells = predict(model, dataset.test_images[:limit], dtype=dtype, **ensemble(config, "clean")), {}
     names = list(ALL_CORRUPTIONS if all19 else CORRUPTIONS)
+    for name in names:  # are all there? before the first is evaluated
+        load_corrupted(dataset.name, root, name, 1, limit=1)
+    clean, cells = predict(model, dataset.test_images[:limit], dtype=dtype, **ensemble(config, "clean")), {}
     for name in names:
         if (found := read_kept(kept / f"{name}.npz", key(name), len(labels))) is not None:
             cells[name] = found
@@ -249,10 +251,12 @@ def read_kept(path: Path, key: str, count: int) -> tuple[np.ndarray, np.ndarray]
             if sum(member.file_size for member in arrays.zip.infolist()) > len(data) or str(arrays["key"]) != key:
                 return None
             confidence, correct = arrays["confidence"], arrays["correct"]
+        types, shapes = (confidence.dtype, correct.dtype), {confidence.shape, correct.shape}
+        if types == (np.float32, bool) and shapes == {(5, count)} and ((confidence >= 0) & (confidence <= 1)).all():
+            return confidence, correct
     except Exception:  # damaged bytes can make zipfile and numpy raise nearly anything
         return None
-    fits = confidence.dtype == np.float32 and correct.dtype == bool and confidence.shape == correct.shape == (5, count)
-    return (confidence, correct) if fits and ((confidence >= 0) & (confidence <= 1)).all() else None
+    return None
 
 
 def print_column(title: str, results: dict, checkpoint: str) -> None:
@@ -358,8 +362,6 @@ def main(argv: list[str] | None = None) -> int:
     if args.limit is not None and args.limit > len(dataset.test_images):
         raise ValueError(f"--limit {args.limit}: {dataset.name} has {len(dataset.test_images)} test images")
     verify_corrupted(dataset.name, args.data)
-    for name in ALL_CORRUPTIONS if args.all19 else CORRUPTIONS:  # all are there before the first is evaluated
-        load_corrupted(dataset.name, args.data, name, 1, limit=1)
     started, before = time.monotonic(), train_seconds(folder)
     computed = {} if args.checkpoint else {"best": None, "last": None}
     with runs.lock(folder), runs.StopRequest() as stop:
