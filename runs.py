@@ -103,7 +103,8 @@ def number(kind: type, low: float = -math.inf, high: float = math.inf, above: fl
 class StopRequest:
     """Notes SIGINT, SIGTERM and a time limit, for loops that stop between two steps. A context manager.
 
-    A second signal acts at once, as if this were not here.
+    A second SIGINT acts at once, as if this were not here. SIGTERM may well come twice, from a queue that ends every
+    process of a job and from run_all.sh that passes it on; both ask for the same.
     """
 
     def __init__(self, minutes: float | None = None):
@@ -119,8 +120,9 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, _: object) -> None:
-        self.signal = number
-        self.__exit__()
+        self.signal = self.signal or number
+        if number == signal.SIGINT:
+            signal.signal(number, self.before[number])
 
     def pending(self) -> bool:
         """Has a signal come, or the time passed?"""

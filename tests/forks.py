@@ -36,16 +36,16 @@ class Process:
         self.until(lambda: False)
         return self.code
 
-    def until(self, condition: Callable[[], object]) -> bool:
+    def until(self, condition: Callable[[], object], seconds: int = SECONDS) -> bool:
         """Wait for the condition; False when the process ended before."""
-        end = time.monotonic() + SECONDS
+        end = time.monotonic() + seconds
         while time.monotonic() < end:
             if condition():
                 return True
             if self.poll() is not None:
                 return False
             time.sleep(0.001)
-        raise TimeoutError(f"nothing came of it in {SECONDS} s; {self.log.read_text()}")
+        raise TimeoutError(f"nothing came of it in {seconds} s; {self.log.read_text()}")
 
     def kill(self, number: int = signal.SIGKILL) -> int:
         """Send the signal, SIGKILL by default, and wait for the end."""

@@ -26,8 +26,10 @@ import pytest
 import torch
 from forks import Process, forks
 
+import corruptions
 import data
 import evaluate
+import make_corrupted
 import runs
 
 FLAGS = "--dataset digits --arch resnet20 --method magnma --n 1 --subset 32 --batch-size 8 --lr 0.01 --device cpu"
@@ -214,6 +216,9 @@ def test_a_run_paused_and_stopped_by_signals_goes_on_to_the_same_end(start, undi
     for epoch, number, code in ((1, signal.SIGTERM, 143), (2, signal.SIGINT, 130)):
         process = start(*TRAIN, "--out", run)
         assert process.until(lambda epoch=epoch: progress(run) == (epoch, 0))
+        if number == signal.SIGTERM:  # twice, as when a queue signals each process and run_all.sh passes it on
+            os.kill(process.pid, number)
+            time.sleep(0.02)
         assert process.kill(number) == code
         assert process.messages() == [f"train.py: stopped by {number.name}; {GO_ON}"]
         assert progress(run) in ((epoch, 1), (epoch, 2)), "it stops after the step that it is at"
@@ -228,6 +233,17 @@ def progress(run: Path) -> tuple[int, int]:
         return -1, 0
     done = runs.load_checkpoint(run / "last.pt")["done"]
     return done["epoch"], done["step"]
+
+
+def test_a_second_interrupt_acts_at_once_and_a_second_sigterm_changes_nothing():
+    with runs.StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.pending()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert stop.stopped("go on").exit_code == 143
 
 
 def test_an_evaluation_stopped_by_a_signal_says_how_to_go_on(start, place, undisturbed, tmp_path):
@@ -271,3 +287,57 @@ def test_a_disk_that_fills_costs_the_epoch_alone(start, undisturbed, tmp_path):
     check_whole(run)
     assert start(*TRAIN, "--out", run).wait() == 0
     assert_equal(run, undisturbed)
+
+
+# Beside each other, and for long
+
+
+def test_an_evaluation_beside_corruptions_sees_whole_files_or_none(start, undisturbed, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("config.json", "last.pt"):
+        shutil.copy(undisturbed / name, run)
+    flags = ["evaluate.py", *evaluation(tmp_path, run), "--only", "last"]
+    digits, evaluations, fsync = data.load_dataset("digits", tmp_path), [], os.fsync
+
+    def corrupt(images: np.ndarray, name: str, severity: int, seed: int, first_index: int) -> np.ndarray:
+        if severity == 1 and first_index == 0 and data.CORRUPTIONS.index(name) % 4 == 0:
+            assert not evaluations or evaluations[-1].wait() == 2, "the set was not whole"
+            evaluations.append(start(*flags))  # at work while the next four are written
+        return images ^ np.uint8(severity * len(name))
+
+    monkeypatch.setattr(corruptions, "corrupt", corrupt)
+    monkeypatch.setattr(os, "fsync", lambda file: (fsync(file), time.sleep(0.1)))  # a disk slow enough to be seen
+    images = digits.test_images.permute(0, 2, 3, 1).contiguous().numpy()
+    make_corrupted.generate(tmp_path / "data" / "DIGITS-C", images, digits.test_labels.numpy(), data.CORRUPTIONS,
+                            seed=0, facts={"dataset": "digits"})  # fmt: skip
+    assert evaluations[-1].wait() in (0, 2)
+    for process in evaluations[:-1]:
+        (message,) = process.messages()
+        assert re.fullmatch(r"evaluate\.py: (no file|.*generated\.json does not list) .*", message)
+    assert len(evaluations) == 5
+    assert start(*flags).wait() == 0
+    with_what_was_kept = (run / "results.json").read_text()
+    assert start(*flags).wait() == 0
+    ours, theirs = (json.loads(text)["last"] for text in (with_what_was_kept, (run / "results.json").read_text()))
+    assert ours == theirs
+
+
+@pytest.mark.slow
+def test_memory_and_open_files_stay_flat_for_200_epochs(start, tmp_path):
+    run = tmp_path / "run"
+    flags = [*FLAGS.replace("--subset 32", "--subset 16").split(), "--epochs", "200", "--out", run]
+    process, seen = start("train.py", *flags), {}
+    for epoch in (20, 195):
+        assert process.until(lambda epoch=epoch: epochs_logged(run) >= epoch, seconds=3000)
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        memory = int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) / 1024
+        seen[epoch] = memory, len(os.listdir(f"/proc/{process.pid}/fd"))
+    assert process.wait() == 0
+    print(f"MiB and open files at epoch 20 and 195: {seen}; log.csv {(run / 'log.csv').stat().st_size} bytes")
+    assert seen[195][0] < seen[20][0] + 20
+    assert abs(seen[195][1] - seen[20][1]) <= 1  # the file that is being written
+
+
+def epochs_logged(run: Path) -> int:
+    return (run / "log.csv").read_text().count("\n") - 1 if (run / "log.csv").exists() else 0
