@@ -40,11 +40,12 @@ class Process:
         """Wait for the condition; False when the process ended before."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            if condition():
-                return True
+            for _ in range(20):
+                if condition():
+                    return True
+                time.sleep(0.001)
             if self.poll() is not None:
                 return False
-            time.sleep(0.001)
         raise TimeoutError(f"nothing came of it in {seconds} s; {self.log.read_text()}")
 
     def kill(self, number: int = signal.SIGKILL) -> int:
