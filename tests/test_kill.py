@@ -3,7 +3,7 @@
 Bit for bit: weights, optimiser, random states, log.csv and results.json (its times aside). corruptions.py and
 run_all.sh have tests of this kind in their own files.
 
-    pytest tests/test_kill.py               # four kills
+    pytest tests/test_kill.py               # five kills
     pytest tests/test_kill.py -m slow       # forty, and a run of 200 epochs
 """
 
@@ -26,6 +26,7 @@ import pytest
 import torch
 from forks import Process, forks
 
+import checkpoints
 import corruptions
 import data
 import evaluate
@@ -134,7 +135,7 @@ def check_whole(run: Path) -> None:
 # Killed
 
 
-def test_three_kills_of_a_run_and_one_of_its_evaluation_change_no_bit(start, place, undisturbed, tmp_path):
+def test_three_kills_of_a_run_and_two_of_its_evaluation_change_no_bit(start, place, undisturbed, tmp_path):
     run = tmp_path / "run"
     script = subprocess.Popen(  # as users start it
         [sys.executable, *TRAIN, "--out", run], cwd=Path(evaluate.__file__).parent, stdout=subprocess.DEVNULL,
@@ -151,7 +152,7 @@ def test_three_kills_of_a_run_and_one_of_its_evaluation_change_no_bit(start, pla
         check_whole(run)
     assert start(*TRAIN, "--out", run).wait() == 0
     assert_equal(run, undisturbed)
-    kill_evaluation(start, place, run, [5])
+    kill_evaluation(start, place, run, [4, 1])
     assert start("evaluate.py", *evaluation(place, run)).wait() == 0
     assert_equal(run, undisturbed)
     assert_equal_results(run, undisturbed)
@@ -203,6 +204,18 @@ def kill_evaluation(start: Start, place: Path, run: Path, times: list[int]) -> N
 def kept(run: Path) -> dict[Path, int]:
     """The corruptions already evaluated, and when that was written."""
     return {path: path.stat().st_mtime_ns for path in (run / ".evaluation").glob("*/[!.]*.npz")}
+
+
+def test_every_random_state_is_saved_and_restored(tmp_path):
+    def draw() -> list[float]:
+        return [random.random(), random.gauss(0, 1), np.random.random(), np.random.normal(), torch.rand(1).item()]  # noqa: NPY002
+
+    draw()
+    runs.save_checkpoint(tmp_path / "last.pt", {"rng": checkpoints.rng_state(torch.device("cpu"))})
+    expected = draw()
+    assert draw() != expected
+    checkpoints.set_rng_state(runs.load_checkpoint(tmp_path / "last.pt")["rng"], torch.device("cpu"))
+    assert draw() == expected
 
 
 # Stopped
