@@ -76,7 +76,7 @@ def augmented(kind: str, images: Tensor, n: int) -> Tensor:
 def augmentation(images: Tensor, device: torch.device, short: bool, seconds: float) -> list[dict]:
     """Images a second of preprocessing, MAGNMA n = 5 and AugMix's triple, ours and the usual pipeline's."""
     cores, n, rows = os.cpu_count() or 1, 5, []
-    batch, epoch = images[:128], images[: 256 * cores]
+    batch, epoch = images[:128], images.repeat(-(-256 * cores // len(images)), 1, 1, 1)[: 256 * cores]
     pictures, on_device = [image.permute(1, 2, 0).numpy() for image in epoch], batch.to(device)
     for kind, name, target in (
         ("preprocessing", "preprocessing", None),
