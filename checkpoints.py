@@ -1,12 +1,14 @@
 """What of a training run is saved after each epoch, and how it is read back: to resume bit for bit, or to evaluate.
 
 train.py makes one Saver a run; evaluate.py loads its networks here, those of others included. The files: last.pt
-(everything), best.pt (the selected network), log.csv and timing.csv (a row per epoch).
+(everything), best.pt (the selected network), log.csv and timing.csv (a row per epoch), and what of an evaluation
+under way is kept.
 """
 
 import csv
 import io
 import json
+import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -122,6 +124,21 @@ def write_csv(path: Path, header: str, rows: list[list]) -> None:
         file.write(text.getvalue().encode())
 
 
+def train_seconds(folder: Path) -> float:
+    """The sum of the seconds in a run's timing.csv; 0 where there is none. Raises ValueError where it is damaged."""
+    path = folder / "timing.csv"
+    if not path.is_file():
+        return 0.0
+    try:
+        with open(path, newline="") as rows:
+            seconds = sum(float(row["seconds"]) for row in csv.DictReader(rows))
+    except (ValueError, TypeError, KeyError, csv.Error):
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"{path} is damaged; train.py --resume writes it anew, deleting it leaves its seconds out")
+    return seconds
+
+
 def rng_state(device: torch.device) -> dict:
     """Every random state: Python's, numpy's, torch's and the device's, as plain lists and tensors."""
     name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002
@@ -217,3 +234,28 @@ def load_foreign(
     except Exception as error:  # what is of another form can make torch raise nearly anything
         raise ValueError(f"{path}: {_short(error, 400)}") from error
     return model, {"epoch": None}
+
+
+def write_kept(path: Path, key: str, confidence: np.ndarray, correct: np.ndarray) -> None:
+    """Keep one corruption's predictions (5, N), atomically."""
+    with runs.atomic_write(path) as file:
+        np.savez(file, key=np.array(key), confidence=confidence, correct=correct)
+
+
+def read_kept(path: Path, key: str, count: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """What write_kept wrote of `count` images under the same key; None where there is nothing or it is damaged.
+
+    It is evaluated anew then.
+    """
+    try:
+        data = path.read_bytes()
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            if sum(member.file_size for member in arrays.zip.infolist()) > len(data) or str(arrays["key"]) != key:
+                return None
+            confidence, correct = arrays["confidence"], arrays["correct"]
+        types, shapes = (confidence.dtype, correct.dtype), {confidence.shape, correct.shape}
+        if types == (np.float32, bool) and shapes == {(5, count)} and ((confidence >= 0) & (confidence <= 1)).all():
+            return confidence, correct
+    except Exception:  # damaged bytes can make zipfile and numpy raise nearly anything
+        return None
+    return None

@@ -9,9 +9,6 @@ when it is interrupted; the same command goes on.
 """
 
 import argparse
-import csv
-import io
-import math
 import shutil
 import sys
 import time
@@ -27,7 +24,7 @@ from tqdm import tqdm
 
 import device as hardware
 import runs
-from checkpoints import load_foreign, load_run, read_config
+from checkpoints import load_foreign, load_run, read_config, read_kept, train_seconds, write_kept
 from data import (
     ALL_CORRUPTIONS,
     CORRUPTED_FOLDERS,
@@ -92,11 +89,13 @@ def predict(
     noise_sigma: float = 0.0,
     samples: int = 1,
     generator_seed: int = 0,
+    poll: Callable[[], None] = lambda: None,
 ) -> tuple[Tensor, Tensor]:
     """(confidence float32 (N,), predicted class int64 (N,)) on the CPU, for images uint8 (N, 3, 32, 32).
 
     Softmax in float32 on the model's device. With noise_sigma > 0 the probabilities are the mean over `samples` draws
-    of N(0, noise_sigma^2 I) on the input (RSE, below Eq. (4)), drawn from `generator_seed`. Restores the model's mode.
+    of N(0, noise_sigma^2 I) on the input (RSE, below Eq. (4)), drawn from `generator_seed`. `poll` is called before
+    each batch and may raise to end it. Restores the model's mode.
     """
     device = next(model.parameters()).device
     if batch_size is None:
@@ -106,6 +105,7 @@ def predict(
     model.eval()
     confidence, prediction = [], []
     for batch in images.split(batch_size):
+        poll()
         x = batch.to(device, non_blocking=True).float() / 255
         total = 0
         for _ in range(samples):
@@ -194,18 +194,20 @@ def evaluate(
     """
     labels = dataset.test_labels[:limit].numpy()
 
+    def poll() -> None:
+        if stop.pending():
+            raise stop.stopped("what is evaluated is kept; the same command goes on")
+
     def predictions(images: list[Tensor], name: str) -> tuple[np.ndarray, np.ndarray]:
-        pairs = []
-        for severity, x in enumerate(images, 1):
-            if stop.pending():
-                raise stop.stopped("what is evaluated is kept; the same command goes on")
-            pairs.append(predict(model, x, dtype=dtype, **ensemble(config, f"{name}-{severity}")))
+        pairs = [predict(model, x, dtype=dtype, poll=poll, **ensemble(config, f"{name}-{severity}"))
+                 for severity, x in enumerate(images, 1)]  # fmt: skip
         return np.stack([c.numpy() for c, _ in pairs]), np.stack([p.numpy() == labels for _, p in pairs])
 
     names = list(ALL_CORRUPTIONS if all19 else CORRUPTIONS)
     for name in names:  # are all there? before the first is evaluated
         load_corrupted(dataset.name, root, name, 1, limit=1)
-    clean, cells = predict(model, dataset.test_images[:limit], dtype=dtype, **ensemble(config, "clean")), {}
+    clean = predict(model, dataset.test_images[:limit], dtype=dtype, poll=poll, **ensemble(config, "clean"))
+    cells = {}
     for name in names:
         if (found := read_kept(kept / f"{name}.npz", key(name), len(labels))) is not None:
             cells[name] = found
@@ -232,31 +234,6 @@ def evaluate(
             "corrupt": reliability(confidence, correct),
         },
     }
-
-
-def write_kept(path: Path, key: str, confidence: np.ndarray, correct: np.ndarray) -> None:
-    """Keep one corruption's predictions (5, N), atomically."""
-    with runs.atomic_write(path) as file:
-        np.savez(file, key=np.array(key), confidence=confidence, correct=correct)
-
-
-def read_kept(path: Path, key: str, count: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """What write_kept wrote of `count` images under the same key; None where there is nothing or it is damaged.
-
-    It is evaluated anew then.
-    """
-    try:
-        data = path.read_bytes()
-        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-            if sum(member.file_size for member in arrays.zip.infolist()) > len(data) or str(arrays["key"]) != key:
-                return None
-            confidence, correct = arrays["confidence"], arrays["correct"]
-        types, shapes = (confidence.dtype, correct.dtype), {confidence.shape, correct.shape}
-        if types == (np.float32, bool) and shapes == {(5, count)} and ((confidence >= 0) & (confidence <= 1)).all():
-            return confidence, correct
-    except Exception:  # damaged bytes can make zipfile and numpy raise nearly anything
-        return None
-    return None
 
 
 def print_column(title: str, results: dict, checkpoint: str) -> None:
@@ -323,21 +300,6 @@ def provenance(
             "commit": runs.commit(),
         },
     }
-
-
-def train_seconds(folder: Path) -> float:
-    """The sum of the seconds in a run's timing.csv; 0 where there is none. Raises ValueError where it is damaged."""
-    path = folder / "timing.csv"
-    if not path.is_file():
-        return 0.0
-    try:
-        with open(path, newline="") as rows:
-            seconds = sum(float(row["seconds"]) for row in csv.DictReader(rows))
-    except (ValueError, TypeError, KeyError, csv.Error):
-        seconds = math.nan
-    if not 0 <= seconds < math.inf:
-        raise ValueError(f"{path} is damaged; train.py --resume writes it anew, deleting it leaves its seconds out")
-    return seconds
 
 
 def normalisation(args: argparse.Namespace, dataset: Dataset) -> tuple[tuple, tuple]:

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 import device as hardware
 from models import build_model
@@ -94,11 +95,24 @@ def matrix_product_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / min(interleaved({"product": lambda: a @ a}, device, 1)["product"])
 
 
+class FlopCounter(TorchDispatchMode):
+    """Adds up torch.utils.flop_counter's formulas. Its FlopCounterMode also tells modules apart, which fails in PGD:
+    autograd.grad with respect to a module's input."""
+
+    flops = 0
+
+    def __torch_dispatch__(self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> object:
+        out = func(*args, **(kwargs or {}))
+        if (formula := flop_registry.get(func.overloadpacket)) is not None:
+            self.flops += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
 def count_flops(function: Callable[[], object]) -> int:
     """Floating-point operations of the convolutions and matrix products that `function` runs."""
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounter() as counter:
         function()
-    return counter.get_total_flops()
+    return counter.flops
 
 
 def forward_flops(arch: str) -> int:

@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -192,6 +193,14 @@ def train(
     if resume and (folder / "last.pt").exists():
         done = save.restore(follow=rank == 0)
 
+    def pause(t: int, step: int, loss_sum: Tensor, correct: Tensor, seconds: float) -> None:
+        """Save and end the run if it was told to stop; several processes stop together, at the end of the epoch."""
+        if stop.pending() and world == 1:
+            check_finite(loss_sum.item(), t, folder)
+            save.last(done | {"epoch": t, "step": step, "loss_sum": loss_sum.item(), "correct": correct.item(),
+                              "seconds": seconds})  # fmt: skip
+            raise stop.stopped(GO_ON)
+
     X, Y = dataset.train_images[: config["subset"]].to(device), dataset.train_labels[: config["subset"]].to(device)
     test_images = dataset.test_images.to(device)
     for t in range(done["epoch"], T):  # for t = 0 to T-1 do
@@ -202,42 +211,36 @@ def train(
         # losses and counts add up on the device and are read once an epoch
         loss_sum = torch.tensor(done["loss_sum"], dtype=torch.float64, device=device)
         correct = torch.tensor(done["correct"], dtype=torch.float64, device=device)
-        seconds_before, started = done["seconds"], time.monotonic()
+        began = time.monotonic() - done["seconds"]
         network.train()
-        bar = tqdm(total=len(X), initial=done["step"] * batch_size, desc=f"epoch {t + 1}/{T}", unit="img",
-                   mininterval=0.5, leave=False, disable=None if rank == 0 else True)  # fmt: skip
-        for step in range(done["step"], len(batches)):  # for each batch (x, y) ~ D do
-            batch = batches[step]
-            step_loss, step_correct = train_step(
-                network, X[batch], Y[batch], config, hflip=hflip, seed=runs.seed_of(seed, "step", t, step),
-                rank=rank, world=world, dtype=dtype, scaler=scaler, apply=apply,
-            )  # fmt: skip
-            update(theta, scaler)  # theta = theta - eta_t 1/|B| sum_i grad L_T(x_i, y_i)
-            loss_sum += step_loss
-            correct += step_correct
-            bar.update(len(batch))
-            if stop.pending() and world == 1:  # several processes stop together, at the end of the epoch
-                bar.close()
-                check_finite(loss_sum.item(), t, folder)
-                seconds = seconds_before + time.monotonic() - started
-                save.last(done | {"epoch": t, "step": step + 1, "loss_sum": loss_sum.item(),
-                                  "correct": correct.item(), "seconds": seconds})  # fmt: skip
-                raise stop.stopped(GO_ON)
-        bar.close()
+        with tqdm(total=len(X), initial=min(len(X), done["step"] * batch_size), desc=f"epoch {t + 1}/{T}", unit="img",
+                  mininterval=0.5, leave=False, disable=None if rank == 0 else True) as bar:  # fmt: skip
+            for step in range(done["step"], len(batches)):  # for each batch (x, y) ~ D do
+                batch = batches[step]
+                step_loss, step_correct = train_step(
+                    network, X[batch], Y[batch], config, hflip=hflip, seed=runs.seed_of(seed, "step", t, step),
+                    rank=rank, world=world, dtype=dtype, scaler=scaler, apply=apply,
+                )  # fmt: skip
+                update(theta, scaler)  # theta = theta - eta_t 1/|B| sum_i grad L_T(x_i, y_i)
+                loss_sum += step_loss
+                correct += step_correct
+                bar.update(len(batch))
+                pause(t, step + 1, loss_sum, correct, time.monotonic() - began)
+        seconds = time.monotonic() - began
         pending = torch.tensor(float(stop.pending()), device=device)
         if world > 1:
             for total in (loss_sum, correct, pending):
                 dist.all_reduce(total)
         images = sum(map(len, batches))
         train_loss, train_accuracy = loss_sum.item() / images, 100 * correct.item() / images
-        seconds = seconds_before + time.monotonic() - started
         check_finite(train_loss, t, folder)
         if rank > 0:
             done |= {"step": 0, "loss_sum": 0.0, "correct": 0.0, "seconds": 0.0}
             if pending and t + 1 < T:
                 raise stop.stopped(GO_ON)
             continue
-        test_accuracy = 100 * accuracy(f_theta, test_images, dataset.test_labels, config, dtype)
+        poll = partial(pause, t, len(batches), loss_sum, correct, seconds)
+        test_accuracy = 100 * accuracy(f_theta, test_images, dataset.test_labels, config, dtype, poll)
         if test_accuracy > done["best_accuracy"]:
             done |= {"best_epoch": t + 1, "best_accuracy": test_accuracy}
         done["log"].append([t + 1, eta_t, train_loss, train_accuracy, test_accuracy])
@@ -297,9 +300,16 @@ def update(theta: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None) ->
     theta.zero_grad(set_to_none=True)
 
 
-def accuracy(f_theta: nn.Module, images: Tensor, labels: Tensor, config: dict, dtype: torch.dtype | None) -> float:
-    """Clean test accuracy in [0, 1]; RSE with its test-time ensemble."""
-    _, prediction = predict(f_theta, images, dtype=dtype, **ensemble(config, "clean"))
+def accuracy(
+    f_theta: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    config: dict,
+    dtype: torch.dtype | None,
+    poll: Callable[[], None],
+) -> float:
+    """Clean test accuracy in [0, 1]; RSE with its test-time ensemble. `poll` is called before each batch."""
+    _, prediction = predict(f_theta, images, dtype=dtype, poll=poll, **ensemble(config, "clean"))
     return (prediction == labels).double().mean().item()
 
 

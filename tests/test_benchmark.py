@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import benchmark
 import corruptions
@@ -90,6 +91,28 @@ def macs_by_hand(arch):
 def test_operations_of_a_pass_are_twice_the_multiply_accumulates():
     assert measure.forward_flops("resnet18") == 2 * macs_by_hand("resnet18") == pytest.approx(2 * 0.555e9, rel=2e-3)
     assert measure.forward_flops("densenet121") == pytest.approx(2 * 0.888e9, rel=2e-3)
+
+
+def test_operations_are_those_that_torch_counts():
+    model = build_model("resnet20", 10, *measure.GRAY)
+
+    def step():
+        model(torch.rand(2, 3, 32, 32)).sum().backward()
+
+    with FlopCounterMode(display=False) as counter:
+        step()
+    assert measure.count_flops(step) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    ("variant", "forwards"),  # a backward pass costs twice a forward one for the weights and the input, once for one
+    [("standard", 3), ("magnma", 33), ("augmix", 9), ("rse", 3), ("gn", 3), ("at", 7 * 2 + 3), ("trades", 7 * 2 + 7)],
+)
+def test_operations_of_a_step_of_every_method(monkeypatch, images, variant, forwards):
+    monkeypatch.setattr(speed, "build_model", lambda *_: build_model("resnet20", 10, *measure.GRAY))
+    flags, passes = speed.VARIANTS[variant]
+    step, _ = speed.stepper("resnet20", vars(train.parse_args(flags.split())), passes, images[:2], torch.arange(2))
+    assert measure.count_flops(step) / 2 == pytest.approx(forwards * measure.forward_flops("resnet20"), rel=0.02)
 
 
 def test_kept_bytes_are_those_that_a_backward_pass_needs():

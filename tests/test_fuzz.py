@@ -269,12 +269,12 @@ def write_npy(path: Path, content: object) -> None:
 
 def make_kept(folder: Path) -> None:
     rng = np.random.default_rng(0)
-    evaluate.write_kept(folder / "fog.npz", "key", rng.random((5, N), np.float32), rng.random((5, N)) < 0.5)
+    checkpoints.write_kept(folder / "fog.npz", "key", rng.random((5, N), np.float32), rng.random((5, N)) < 0.5)
 
 
 def read_kept(folder: Path) -> object:
     """As evaluate.py goes on with it; damaged, it is made anew."""
-    kept = evaluate.read_kept(folder / "fog.npz", "key", N)
+    kept = checkpoints.read_kept(folder / "fog.npz", "key", N)
     if kept is not None:
         evaluate.scores(*kept)
         assert kept[0].shape == kept[1].shape == (5, N)

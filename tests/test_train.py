@@ -189,6 +189,25 @@ def test_a_stopped_run_resumes_bit_for_bit(undisturbed, tmp_path, monkeypatch, s
     assert (undisturbed / "log.csv").read_bytes() == (tmp_path / "r" / "log.csv").read_bytes()
 
 
+def test_a_signal_during_the_test_of_an_epoch_is_acted_on_at_once_and_costs_no_step(undisturbed, tmp_path, monkeypatch):
+    batches, original = [], Tiny.forward
+
+    def forward(self, x):
+        if not self.training:
+            batches.append(len(x))
+            if len(batches) == 3:  # of 250 and 110 test images an epoch: the first of the second epoch
+                os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, x)
+
+    monkeypatch.setattr(Tiny, "forward", forward)
+    with pytest.raises(runs.Stopped, match=r"SIGTERM.*--resume"):
+        run(tmp_path / "r", "--epochs", "3")
+    assert batches == [250, 110, 250]
+    run(tmp_path / "r", "--epochs", "3", "--resume")
+    assert same(weights(undisturbed), weights(tmp_path / "r"))
+    assert (undisturbed / "log.csv").read_bytes() == (tmp_path / "r" / "log.csv").read_bytes()
+
+
 def test_what_is_refused_late_deletes_nothing(undisturbed):
     before = sorted(p.name for p in undisturbed.iterdir())
     with pytest.raises(ValueError, match="--sync-bn"):
@@ -300,21 +319,50 @@ def test_micro_batches_give_the_gradient_of_the_whole(method, tmp_path):
             assert torch.allclose(a, b, rtol=1e-4, atol=1e-3 if method in ("at", "trades") else 1e-5)
 
 
-def worker(rank, world, folder, port):
-    """One of `world` processes of a run on a network without batch norm."""
+TWO_EPOCHS = ("--epochs", "2", "--subset", "47", "--batch-size", "19", "--accumulate", "2")  # unequal shares
+
+
+def join(rank, world, port):
+    """Become one of `world` processes, as torchrun starts them, with a network without batch norm."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
                    "MASTER_PORT": str(port)}  # fmt: skip
     train.build_model = no_batch_norm
-    for method in ("magnma", "trades"):
-        run(folder / f"{method}-{world}", "--method", method, "--epochs", "2", "--accumulate", "2")
-        os.environ["MASTER_PORT"] = str(port + 1)
 
 
-def test_two_processes_are_the_run_of_one(tmp_path, monkeypatch):
+def worker(rank, world, folder, port):
+    """One of `world` processes of two runs, and of a third whose second process is told to stop in its first step."""
+    for k, method in enumerate(("magnma", "trades")):
+        join(rank, world, port + k)
+        run(folder / f"{method}-{world}", "--method", method, *TWO_EPOCHS)
+    join(rank, world, port + 2)
+    step = train.train_step
+
+    def told_to_stop(*args, **kwargs):
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*args, **kwargs)
+
+    train.train_step = told_to_stop
+    written = checkpoints.Saver.epoch
+
+    def by_the_first(*args):
+        assert rank == 0
+        written(*args)
+
+    checkpoints.Saver.epoch = by_the_first
+    with pytest.raises(runs.Stopped, match="--resume"):  # both of them
+        run(folder / "stopped", *TWO_EPOCHS)
+    torch.distributed.destroy_process_group()
+    train.train_step = step
+    join(rank, world, port + 3)
+    run(folder / "stopped", *TWO_EPOCHS, "--resume")
+
+
+def test_two_processes_are_the_run_of_one_and_stop_and_resume_together(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "build_model", no_batch_norm)
     for method in ("magnma", "trades"):
-        run(tmp_path / f"{method}-1", "--method", method, "--epochs", "2", "--accumulate", "2")
+        run(tmp_path / f"{method}-1", "--method", method, *TWO_EPOCHS)
     port = 20000 + os.getpid() % 20000
     torch.multiprocessing.spawn(worker, (2, tmp_path, port), nprocs=2)
     for method in ("magnma", "trades"):
@@ -324,6 +372,8 @@ def test_two_processes_are_the_run_of_one(tmp_path, monkeypatch):
         tolerance = 1e-6 if method == "magnma" else 1e-3  # in PGD the sign of a gradient near 0 can turn
         assert max((a[k] - b[k]).abs().max() for k in a) < tolerance
         assert sorted(a) == ["conv.bias", "conv.weight", "fc.bias", "fc.weight"]
+    assert same(weights(tmp_path / "stopped"), weights(tmp_path / "magnma-2"))
+    assert (tmp_path / "stopped" / "log.csv").read_bytes() == (tmp_path / "magnma-2" / "log.csv").read_bytes()
 
 
 # As a command
