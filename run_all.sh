@@ -11,6 +11,7 @@
 #
 #   --only K[,K...]           these lines of the list alone (for a SLURM array, GNU parallel, xargs)
 #   --gpus 0,1                share the runs among these GPUs
+#   --accumulate K            DenseNet-121 and Inception-V3 in K micro-batches, where GPUs have 16 GB (train.py --help)
 #   --max-minutes M           pause each training after M minutes; the same command goes on
 #   --download-corruptions    where data/ has no CIFAR-10-C or CIFAR-100-C, fetch the official one, not generate it
 #   --scale quick             prove the orchestration on a CPU: digits, ResNet-20, 64 images, an epoch; in runs-quick/
@@ -90,6 +91,7 @@ commands() {
       full)
         needed=$dataset
         train="--dataset $dataset --arch $arch" evaluate=""
+        [[ -z $accumulate || $arch == resnet18 ]] || train+=" --accumulate $accumulate"
         ;;
       quick)
         train="--dataset digits --arch resnet20 --stands-for $dataset/$arch --subset 64 --epochs 1 --device cpu"
@@ -189,7 +191,7 @@ setup() {
 
 # The command line -----------------------------------------------------------------------------------------------------
 
-part="all" listing="" scale="full" max_minutes="" gpus="" only=() flags=()
+part="all" listing="" scale="full" accumulate="" max_minutes="" gpus="" only=() flags=()
 while (($#)); do
   case $1 in
     all | table[1-5] | demo | setup | data) part=$1 ;;
@@ -207,6 +209,11 @@ while (($#)); do
     --gpus)
       [[ ${2:-} =~ ^[0-9]+(,[0-9]+)*$ ]] || die "--gpus takes numbers with commas between, as 0,1; not '${2:-}'"
       gpus=$2
+      shift
+      ;;
+    --accumulate)
+      [[ ${2:-} =~ ^[1-9][0-9]{0,2}$ ]] || die "--accumulate takes a number of micro-batches, as 4; not '${2:-}'"
+      accumulate=$2
       shift
       ;;
     --max-minutes)

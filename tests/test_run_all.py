@@ -231,6 +231,13 @@ def test_quick_keeps_each_runs_path_and_says_what_it_stands_for() -> None:
         assert parse_evaluate(evaluation[1:]).limit == 4
 
 
+def test_accumulate_splits_the_batches_of_the_large_networks_alone() -> None:
+    for (training, _), (split, _) in zip(listed(), listed("--accumulate", "4"), strict=True):
+        own, args = parse_train(training[1:]), parse_train(split[1:])
+        assert args.accumulate == (1 if args.arch == "resnet18" else 4)
+        assert vars(args) | {"accumulate": 1} == vars(own)
+
+
 def test_list_sums_measured_and_estimated_hours(project: Path) -> None:
     (project / "results").mkdir()
     hours = {"cifar10/resnet18/standard": 0.5, "cifar10/resnet18/magnma_noise": 2, "cifar10/densenet121/augmix": 3}
@@ -260,6 +267,7 @@ def test_list_sums_measured_and_estimated_hours(project: Path) -> None:
     [
         (["table6"], "unknown part or flag 'table6'; bash run_all.sh --help shows them"),
         (["--frobnicate"], "unknown part or flag '--frobnicate'; bash run_all.sh --help shows them"),
+        (["--accumulate", "0"], "--accumulate takes a number of micro-batches, as 4; not '0'"),
         (["--only", "0"], "--only 0: the list has lines 1 to 144"),
         (["--only", "145"], "--only 145: the list has lines 1 to 144"),
         (["--only", "3,200", "--scale", "quick"], "--only 200: the list has lines 1 to 144"),
@@ -553,6 +561,16 @@ def test_a_dozen_quick_runs_leave_results_that_say_what_they_stand_for(dozen: Pa
         got = [results[name] for name in ("method", "tag", "seed", "stands_for", "limit", "train_images")]
         assert got == [args.method, args.tag, args.seed, args.stands_for, 4, 64]
         assert results["corruption_source"] == "generated"
+
+
+def test_a_run_paused_in_its_first_epoch_is_unfinished_and_goes_on(dozen: Path) -> None:
+    line = ("--scale", "quick", "--only", "53")  # not among the dozen
+    done = bash(dozen, *line, "--max-minutes", "0.0001")
+    assert done.returncode == 1
+    assert "1 runs: 1 unfinished" in done.stdout
+    assert "paused after --max-minutes" in done.stdout
+    done = bash(dozen, *line)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "1 runs: 1 finished")
 
 
 def longest_seconds(dozen: Path) -> float:
