@@ -22,7 +22,6 @@ from collect import (
     Cell,
     Group,
     Key,
-    check_results,  # noqa: F401
     choose,
     departures,
     group_runs,

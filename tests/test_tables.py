@@ -124,11 +124,11 @@ def test_every_published_deviation_is_one(paper):
 
 
 def test_a_whole_results_file_passes_also_with_19_corruptions_and_one_checkpoint():
-    tables.check_results(results())
+    collect.check_results(results())
     content = results(limit=2000, stands_for="cifar100/densenet121", last=None)
     content["best"]["corruptions"]["gaussian_noise"] = content["best"]["corruptions"]["fog"]
     content["best"]["mca15"] = 80.0
-    tables.check_results(content)
+    collect.check_results(content)
 
 
 def broken(path: str, value: object) -> dict:
@@ -186,14 +186,14 @@ def broken(path: str, value: object) -> dict:
 def test_a_wrong_entry_is_named(path, value, message):
     content = broken(path, value)
     with pytest.raises(ValueError, match=message) as caught:
-        tables.check_results(content)
+        collect.check_results(content)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 200
 
 
 def test_without_any_evaluation_a_file_is_refused():
     with pytest.raises(ValueError, match='"best" and "last" is None, not an evaluation'):
-        tables.check_results(results(best=evaluation()) | {"best": None, "last": None})
+        collect.check_results(results(best=evaluation()) | {"best": None, "last": None})
 
 
 # Reading and grouping
