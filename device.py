@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from types import ModuleType
 
 import torch
@@ -40,7 +41,7 @@ def import_torchvision() -> ModuleType:
 def pick_device(name: str = "auto") -> torch.device:
     """The torch device for `--device`: `auto` (this rank's GPU, else the CPU), `cpu`, `cuda`, `cuda:1`.
 
-    Raises ValueError for an unknown name or a GPU that is not there.
+    Raises ValueError for an unknown name, a GPU that is not there or one that this torch has no kernels for.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -55,8 +56,18 @@ def pick_device(name: str = "auto") -> torch.device:
         if not torch.cuda.is_available() or index >= torch.cuda.device_count():
             count = torch.cuda.device_count()
             raise ValueError(f"--device {name}: torch sees {count} CUDA devices here; try --device cpu")
+        if device.index is not None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ValueError(f"--device {name}: torchrun gives each process its own GPU; use --device cuda")
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
+        try:
+            torch.ones(1, device=device).add(1).item()
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:120]
+            raise ValueError(
+                f"--device {name}: torch {torch.__version__} does not run on this GPU ({reason}); the README names a"
+                " build for V100s and older cards"
+            ) from None
     return device
 
 
@@ -117,7 +128,8 @@ def init_distributed(device_name: str) -> tuple[int, int]:
     if "RANK" not in os.environ:
         return 0, 1
     on_gpu = device_name != "cpu" and torch.cuda.is_available()
-    dist.init_process_group("nccl" if on_gpu else "gloo")
+    # the others wait while the first one downloads
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=1))
     return dist.get_rank(), dist.get_world_size()
 
 

@@ -302,6 +302,21 @@ def provenance(
     }
 
 
+def refuse_to_lose(out: Path, args: argparse.Namespace) -> None:
+    """Raise ValueError where the results in `out` hold more than this evaluation would put in their place."""
+    try:
+        old = runs.read_json(out)
+        kept = {which: old[which] for which in ("best", "last", "foreign") if old.get(which)}
+        more = [f"{which}.pt" for which in kept if args.only not in (None, which)]
+        more += ["more images"] if args.limit and not (old["limit"] and old["limit"] <= args.limit) else []
+        more += ["19 corruptions"] if not args.all19 and any("mca15" in e for e in kept.values()) else []
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # there are none, or none that are whole
+    if kept and more:
+        raise ValueError(f"{out} has results of {', '.join(more)}, which these would replace; name another --out,"
+                         " or delete it")  # fmt: skip
+
+
 def normalisation(args: argparse.Namespace, dataset: Dataset) -> tuple[tuple, tuple]:
     """(mean, std) inside a foreign network: the flags', none, or the data set's."""
     if args.no_normalize:
@@ -323,6 +338,8 @@ def main(argv: list[str] | None = None) -> int:
     dataset = load_dataset(config["dataset"], args.data)
     if args.limit is not None and args.limit > len(dataset.test_images):
         raise ValueError(f"--limit {args.limit}: {dataset.name} has {len(dataset.test_images)} test images")
+    out = Path(args.out or (folder / "results.json" if args.run else f"{args.checkpoint}.results.json"))
+    refuse_to_lose(out, args)
     verify_corrupted(dataset.name, args.data)
     started, before = time.monotonic(), train_seconds(folder)
     computed = {} if args.checkpoint else {"best": None, "last": None}
@@ -355,7 +372,6 @@ def main(argv: list[str] | None = None) -> int:
         seconds = time.monotonic() - started
         wall = {"evaluation_seconds": round(seconds, 1), "wall_seconds": round(seconds + before, 1)}
         results = provenance(config, saved, dataset, args, device) | wall | computed
-        out = Path(args.out or (folder / "results.json" if args.run else f"{args.checkpoint}.results.json"))
         runs.write_json(out, results)
         shutil.rmtree(folder / ".evaluation" if args.run else folder, ignore_errors=True)
     title = f"{config.get('method', args.checkpoint)}, {config['arch']}, {dataset.name} ({dataset.source})"

@@ -92,6 +92,7 @@ commands() {
         needed=$dataset
         train="--dataset $dataset --arch $arch" evaluate=""
         [[ -z $accumulate || $arch == resnet18 ]] || train+=" --accumulate $accumulate"
+        [[ -z $gpus ]] || train+=" --device cuda" evaluate="--device cuda" # where there is none, that is an error
         ;;
       quick)
         train="--dataset digits --arch resnet20 --stands-for $dataset/$arch --subset 64 --epochs 1 --device cpu"

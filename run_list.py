@@ -67,12 +67,13 @@ def log_of(run: Run, root: Path) -> Path:
 
 def is_whole(run: Run) -> bool:
     """Is there a results.json that parses and holds the evaluations that the run's evaluate command makes?"""
+    limit = int(run.evaluate[run.evaluate.index("--limit") + 1]) if "--limit" in run.evaluate else None
     wanted = [kept for kept in ("best", "last") if "--only" not in run.evaluate or kept in run.evaluate]
     try:
         results = runs.read_json(run.folder / "results.json")
     except (OSError, ValueError):
         return False
-    return all(isinstance(results.get(kept), dict) for kept in wanted)
+    return results.get("limit") == limit and all(isinstance(results.get(kept), dict) for kept in wanted)
 
 
 def is_trained(run: Run) -> bool:

@@ -61,7 +61,8 @@ def run_main(main: Callable[[], int | None]) -> int:
         print(f"{script}: {stop}", file=sys.stderr)
         return stop.exit_code
     except torch.OutOfMemoryError:
-        print(f"{script}: the GPU's memory is full; train.py --accumulate 2 (or more) needs less", file=sys.stderr)
+        less = "--accumulate 2 (or more) needs less" if script == "train.py" else "is another process on it?"
+        print(f"{script}: the GPU's memory is full; {less}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{script}: interrupted", file=sys.stderr)

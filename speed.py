@@ -203,6 +203,7 @@ def training(
     for k, variant in enumerate(variants):
         if time.monotonic() > end and variant not in ESSENTIAL:
             break
+        torch.compiler.reset()  # all networks count towards one limit of recompilations, after which they run eager
         config, passes = config_of(variant), VARIANTS[variant][1]
         size, repeats = (128, 10) if gpu else (max(2, 16 // passes), 1)
         X, Y = images[:size].to(device), labels[:size].to(device)

@@ -209,8 +209,8 @@ def train(
         order = torch.randperm(len(X), generator=torch.Generator().manual_seed(runs.seed_of(seed, "order", t)))
         batches = [b for b in order.to(device).split(batch_size) if len(b) >= world]
         # losses and counts add up on the device and are read once an epoch
-        loss_sum = torch.tensor(done["loss_sum"], dtype=torch.float64, device=device)
-        correct = torch.tensor(done["correct"], dtype=torch.float64, device=device)
+        before = (done["loss_sum"], done["correct"]) if rank == 0 else (0.0, 0.0)  # of steps before a resume, once
+        loss_sum, correct = torch.tensor(before, dtype=torch.float64, device=device)
         began = time.monotonic() - done["seconds"]
         network.train()
         with tqdm(total=len(X), initial=min(len(X), done["step"] * batch_size), desc=f"epoch {t + 1}/{T}", unit="img",
@@ -226,17 +226,18 @@ def train(
                 correct += step_correct
                 bar.update(len(batch))
                 pause(t, step + 1, loss_sum, correct, time.monotonic() - began)
-        seconds = time.monotonic() - began
         pending = torch.tensor(float(stop.pending()), device=device)
         if world > 1:
             for total in (loss_sum, correct, pending):
                 dist.all_reduce(total)
         images = sum(map(len, batches))
         train_loss, train_accuracy = loss_sum.item() / images, 100 * correct.item() / images
+        seconds = time.monotonic() - began  # of the device too, whose sums were just read
         check_finite(train_loss, t, folder)
         if rank > 0:
             done |= {"step": 0, "loss_sum": 0.0, "correct": 0.0, "seconds": 0.0}
             if pending and t + 1 < T:
+                dist.barrier()  # the first process saves
                 raise stop.stopped(GO_ON)
             continue
         poll = partial(pause, t, len(batches), loss_sum, correct, seconds)
@@ -250,6 +251,8 @@ def train(
         tqdm.write(f"epoch {t + 1}/{T}  lr {eta_t:g}  loss {train_loss:.4f}  train {train_accuracy:.2f}%"
                    f"  test {test_accuracy:.2f}%  {seconds:.1f} s")  # fmt: skip
         if pending and t + 1 < T:
+            if world > 1:
+                dist.barrier()  # the others wait, since torchrun ends all when one does
             raise stop.stopped(GO_ON)
 
 

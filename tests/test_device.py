@@ -49,6 +49,21 @@ def test_devices_that_are_not_there(name, message):
         device.pick_device(name)
 
 
+def test_a_gpu_that_torch_has_no_kernels_for_and_one_gpu_for_several_processes(monkeypatch):
+    for name, value in (("is_available", True), ("device_count", 2), ("set_device", None)):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+
+    def no_kernel(*_, **__):
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nCUDA kernel errors")
+
+    monkeypatch.setattr(torch, "ones", no_kernel)
+    with pytest.raises(ValueError, match=r"--device cuda.*no kernel image.*README names a build for V100s"):
+        device.pick_device("cuda")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="--device cuda:1: torchrun gives each process its own GPU"):
+        device.pick_device("cuda:1")
+
+
 def test_mixed_precision_on_a_cpu():
     cpu = device.pick_device("cpu")
     assert device.amp_dtype("auto", cpu) is None

@@ -167,6 +167,7 @@ def workplace(tmp_path_factory):
 
 
 def run_evaluate(place, *flags, run="run"):
+    (place / run / "results.json").unlink(missing_ok=True)
     return evaluate.main([str(place / run), "--data", str(place / "data"), "--limit", "12", *flags])
 
 
@@ -253,6 +254,24 @@ def test_an_interrupted_evaluation_goes_on(workplace, monkeypatch):
     assert again == whole
 
 
+def test_results_that_hold_more_are_not_replaced(workplace, tmp_path):
+    run_evaluate(workplace, "--all19")
+    results = workplace / "run" / "results.json"
+    before = results.read_bytes()
+    flags = [str(workplace / "run"), "--data", str(workplace / "data")]
+    for more, message in (
+        (["--limit", "12", "--all19", "--only", "last"], "has results of best.pt, which these would replace"),
+        (["--limit", "11", "--all19"], "has results of more images, which"),
+        (["--limit", "12"], "has results of 19 corruptions, which"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate.main([*flags, *more])
+    assert results.read_bytes() == before
+    evaluate.main([*flags, "--limit", "11", "--out", str(tmp_path / "few.json")])  # elsewhere
+    evaluate.main([*flags, "--limit", "13", "--all19"])  # more
+    assert json.loads(results.read_text())["limit"] == 13
+
+
 def test_foreign_checkpoints(workplace, capsys):
     model = checkpoints.load_run(
         workplace / "run", "last", json.loads((workplace / "run" / "config.json").read_text()),
@@ -318,6 +337,7 @@ def test_labels_that_disagree(workplace, tmp_path):
     labels = np.load(tmp_path / "DIGITS-C" / "labels.npy")
     (tmp_path / "DIGITS-C" / "labels.npy").unlink()
     np.save(tmp_path / "DIGITS-C" / "labels.npy", (labels + 1) % 10)
+    (workplace / "run" / "results.json").unlink(missing_ok=True)
     with pytest.raises(ValueError, match="labels of brightness"):
         evaluate.main([str(workplace / "run"), "--data", str(tmp_path), "--limit", "2"])
 

@@ -238,6 +238,13 @@ def test_accumulate_splits_the_batches_of_the_large_networks_alone() -> None:
         assert vars(args) | {"accumulate": 1} == vars(own)
 
 
+def test_gpus_that_were_named_are_demanded_of_every_run() -> None:
+    for (training, evaluation), (named, its) in zip(listed(), listed("--gpus", "0,1"), strict=True):
+        assert parse_train(named[1:]).device == parse_evaluate(its[1:]).device == "cuda"
+        assert vars(parse_train(named[1:])) | {"device": "auto"} == vars(parse_train(training[1:]))
+        assert parse_evaluate(evaluation[1:]).device == "auto"
+
+
 def test_list_sums_measured_and_estimated_hours(project: Path) -> None:
     (project / "results").mkdir()
     hours = {"cifar10/resnet18/standard": 0.5, "cifar10/resnet18/magnma_noise": 2, "cifar10/densenet121/augmix": 3}
@@ -420,6 +427,16 @@ def test_a_run_evaluated_with_only_last_is_whole_without_best(
     lines = [line(1, "a/seed0", only=" --only last")]
     assert work(lines, monkeypatch=monkeypatch) == work(lines, monkeypatch=monkeypatch) == 0
     assert "1 runs: 1 finished before" in capfd.readouterr().out
+
+
+def test_a_run_evaluated_on_a_few_images_alone_is_not_whole(tmp_path: Path) -> None:
+    e = {"best": {}, "last": {}}
+    run = run_list.Run(1, "cifar10", tmp_path, ["train.py"], ["evaluate.py", str(tmp_path)])
+    few = run._replace(evaluate=[*run.evaluate, "--limit", "4"])
+    runs.write_json(tmp_path / "results.json", e | {"limit": 4})
+    assert (run_list.is_whole(run), run_list.is_whole(few)) == (False, True)
+    runs.write_json(tmp_path / "results.json", e | {"limit": None})
+    assert (run_list.is_whole(run), run_list.is_whole(few)) == (True, False)
 
 
 def test_a_paused_run_is_unfinished_and_not_evaluated(

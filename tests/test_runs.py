@@ -188,6 +188,8 @@ def test_run_main_maps_errors_to_exit_codes(capsys):
     assert runs.run_main(raising(FileNotFoundError("no such run"))) == 2
     assert runs.run_main(raising(runs.Stopped("paused", 0))) == 0
     assert runs.run_main(raising(KeyboardInterrupt())) == 130
+    assert runs.run_main(raising(torch.OutOfMemoryError("CUDA out of memory"))) == 2
+    assert "the GPU's memory is full; is another process on it?" in capsys.readouterr().err
     with pytest.raises(ZeroDivisionError):
         runs.run_main(raising(ZeroDivisionError()))
 

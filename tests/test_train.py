@@ -355,14 +355,17 @@ def worker(rank, world, folder, port):
         run(folder / "stopped", *TWO_EPOCHS)
     torch.distributed.destroy_process_group()
     train.train_step = step
-    join(rank, world, port + 3)
-    run(folder / "stopped", *TWO_EPOCHS, "--resume")
+    for k, resumed in enumerate(("stopped", "of-one")):  # the latter within an epoch
+        join(rank, world, port + 3 + k)
+        run(folder / resumed, *TWO_EPOCHS, "--resume")
 
 
 def test_two_processes_are_the_run_of_one_and_stop_and_resume_together(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "build_model", no_batch_norm)
     for method in ("magnma", "trades"):
         run(tmp_path / f"{method}-1", "--method", method, *TWO_EPOCHS)
+    with pytest.raises(runs.Stopped, match="paused"):
+        run(tmp_path / "of-one", *TWO_EPOCHS, "--max-minutes", "1e-6")
     port = 20000 + os.getpid() % 20000
     torch.multiprocessing.spawn(worker, (2, tmp_path, port), nprocs=2)
     for method in ("magnma", "trades"):
@@ -372,6 +375,8 @@ def test_two_processes_are_the_run_of_one_and_stop_and_resume_together(tmp_path,
         tolerance = 1e-6 if method == "magnma" else 1e-3  # in PGD the sign of a gradient near 0 can turn
         assert max((a[k] - b[k]).abs().max() for k in a) < tolerance
         assert sorted(a) == ["conv.bias", "conv.weight", "fc.bias", "fc.weight"]
+    one, two = (np.genfromtxt(tmp_path / k / "log.csv", delimiter=",", skip_header=1) for k in ("magnma-1", "of-one"))
+    assert np.allclose(one, two, rtol=1e-4)
     assert same(weights(tmp_path / "stopped"), weights(tmp_path / "magnma-2"))
     assert (tmp_path / "stopped" / "log.csv").read_bytes() == (tmp_path / "magnma-2" / "log.csv").read_bytes()
 
