@@ -31,7 +31,7 @@ NOT_TRAINING = ("dataset", "arch", "method", "seed", "tag", "data", "out", "devi
 # Sec. 4 where it speaks, else the README's table of decisions; "" holds for every method
 PGD = {"epsilon": 8 / 255, "pgd_steps": 7, "pgd_step_size": 2.5 * 8 / 255 / 7}
 RECIPE = {
-    "": {"epochs": 150, "batch_size": 128, "lr": 0.1, "weight_decay": 5e-4},
+    "": {"epochs": 150, "batch_size": 128, "lr": 0.1, "weight_decay": 5e-4, "accumulate": 1},
     "standard": {},
     "at": PGD,
     "trades": PGD | {"trades_lambda": 6},

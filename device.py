@@ -62,6 +62,8 @@ def pick_device(name: str = "auto") -> torch.device:
         torch.cuda.set_device(device)
         try:
             torch.ones(1, device=device).add(1).item()
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:120]
             raise ValueError(

@@ -349,15 +349,17 @@ def main(argv: list[str] | None = None) -> int:
                 continue
             if args.checkpoint:
                 path = Path(args.checkpoint)
-                model, saved = load_foreign(path, args.arch, dataset, *normalisation(args, dataset))
+                network = normalisation(args, dataset)
+                model, saved = load_foreign(path, args.arch, dataset, *network)
             else:
+                network = ()  # its checkpoint says it all
                 model, saved = load_run(folder, which, config, dataset)
                 path = folder / f"{which}.pt"
             same = [e for e in computed.values() if e and e["epoch"] == saved["epoch"]]
             if same:  # best.pt and last.pt are of one epoch
                 computed[which] = same[0]
                 continue
-            identity = f"{runs.sha256(path)} {args.limit} {dtype}"
+            identity = f"{runs.sha256(path)} {args.limit} {dtype} {config['arch']} {network}"
 
             def key(name: str, identity: str = identity) -> str:
                 file = Path(args.data) / CORRUPTED_FOLDERS[dataset.name] / f"{name}.npy"

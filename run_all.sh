@@ -174,7 +174,10 @@ setup() {
   if command -v flock >/dev/null; then # the jobs of an array may all start here: one installs, the others wait
     exec 9>.setup.lock
     flock 9
-    [[ -f .venv/installed && $(<.venv/installed) == "$wanted" ]] && return
+    if [[ -f .venv/installed && $(<.venv/installed) == "$wanted" ]]; then
+      exec 9>&- # else the others would wait until this one's training ends
+      return
+    fi
   fi
   command -v python3 >/dev/null || die "no python3; install Python 3.11 or newer, or name one: PYTHON=/path/to/python"
   python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
@@ -218,7 +221,7 @@ while (($#)); do
       shift
       ;;
     --max-minutes)
-      [[ ${2:-} =~ ^[0-9]+(\.[0-9]+)?$ ]] || die "--max-minutes takes a number, not '${2:-}'"
+      [[ ${2:-} =~ ^[0-9]+(\.[0-9]+)?$ && $2 =~ [1-9] ]] || die "--max-minutes takes a number above 0, not '${2:-}'"
       max_minutes=$2
       shift
       ;;

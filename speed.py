@@ -104,7 +104,7 @@ def augmentation(images: Tensor, device: torch.device, short: bool, seconds: flo
             "target": "" if target is None else target,
             f"usual, {cores} workers": rate(1, each.get("usual, all cores")),
             f"ours, {cores} cores": rate(1, each.get("ours, all cores")),
-            "ratio ": ratio(each.get("usual, all cores"), each.get("ours, all cores")),
+            "ratio, all cores": ratio(each.get("usual, all cores"), each.get("ours, all cores")),
             "ours, GPU": rate(1, each.get("GPU")),
             "ratio, GPU": ratio(each.get("usual, all cores"), each.get("GPU")),
         }

@@ -11,7 +11,8 @@ of the epochs (every 50 of 150). Writes runs/<dataset>/<arch>/<method>[-<tag>]/s
 timing.csv, last.pt and best.pt (the epoch with the best clean test accuracy, as the paper selects it).
 
 The draws of a step depend on (seed, epoch, step) alone and images stay on the device as uint8: a run repeats bit for
-bit on a CPU, whether it was interrupted or not, and is the same run on one device or several, up to batch norm.
+bit on a CPU, whether it was interrupted or not, and is the same run on one device or several, up to batch norm
+and Inception's dropout, which draws from torch's own generator.
 """
 
 import argparse
@@ -351,6 +352,8 @@ def main(argv: list[str] | None = None) -> int:
     dataset = load_dataset(args.dataset, args.data)
     if world > 1 and rank == 0:
         dist.barrier()
+    if min(args.batch_size, args.subset or args.batch_size) < world:
+        raise ValueError(f"--batch-size or --subset is less than the {world} processes, which share each batch")
     if args.subset is not None and args.subset > len(dataset.train_images):
         raise ValueError(f"--subset {args.subset}: {args.dataset} has {len(dataset.train_images)} training images")
     if args.sync_bn and (device.type != "cuda" or world == 1):

@@ -272,6 +272,29 @@ def test_results_that_hold_more_are_not_replaced(workplace, tmp_path):
     assert json.loads(results.read_text())["limit"] == 13
 
 
+def test_cells_kept_under_another_normalisation_are_made_anew(workplace, tmp_path, monkeypatch):
+    state = torch.load(workplace / "run" / "best.pt", weights_only=True)["model"]
+    torch.save(state, tmp_path / "theirs.pt")
+    arch = json.loads((workplace / "run" / "config.json").read_text())["arch"]
+    flags = ["--checkpoint", str(tmp_path / "theirs.pt"), "--arch", arch, "--dataset", "digits", "--limit", "12",
+             "--data", str(workplace / "data")]  # fmt: skip
+    evaluate.main([*flags, "--no-normalize"])
+    whole = json.loads((tmp_path / "theirs.pt.results.json").read_text())["foreign"]
+    original = evaluate.write_kept
+
+    def keep(path, *rest):
+        original(path, *rest)
+        if path.stem == "fog":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "write_kept", keep)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate.main(flags)
+    evaluate.main([*flags, "--no-normalize"])
+    assert json.loads((tmp_path / "theirs.pt.results.json").read_text())["foreign"] == whole
+
+
 def test_foreign_checkpoints(workplace, capsys):
     model = checkpoints.load_run(
         workplace / "run", "last", json.loads((workplace / "run" / "config.json").read_text()),

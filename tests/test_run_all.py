@@ -284,7 +284,8 @@ def test_list_sums_measured_and_estimated_hours(project: Path) -> None:
         (["--gpus", "a"], "--gpus takes numbers with commas between, as 0,1; not 'a'"),
         (["demo", "--gpus", "0"], "--gpus is of no use here: the demo and --scale quick run on the CPU"),
         (["--scale", "tiny"], "--scale is quick or full, not 'tiny'"),
-        (["--max-minutes", "-1"], "--max-minutes takes a number, not '-1'"),
+        (["--max-minutes", "-1"], "--max-minutes takes a number above 0, not '-1'"),
+        (["--max-minutes", "0.0"], "--max-minutes takes a number above 0, not '0.0'"),
     ],
 )
 def test_wrong_arguments_are_one_line_and_exit_code_2(arguments: list[str], message: str) -> None:

@@ -596,3 +596,8 @@ def test_claims_say_where_our_runs_are_not_of_the_papers_recipe(tmp_path, capsys
         folder = write(tmp_path / str(epochs), results(hparams={"epochs": epochs}))
         tables.main([str(folder), "--claims"])
         assert ("Verdict on them (not the paper's recipe)" in capsys.readouterr().out) == (epochs == 3)
+
+
+def test_micro_batches_are_said_under_the_table():
+    assert collect.departures({"accumulate": 4, "limit": None}) == ["accumulate 4 (paper: 1)"]
+    assert collect.departures({"accumulate": 1, "limit": None}) == []
