@@ -1,8 +1,8 @@
 """Batched augmentations on the images' device: preprocessing, Gaussian noise, T_a and its mixing, AugMix chains.
 
 Sec. 3 (a), (b) and Fig. 1 of the paper, the preprocessing of Sec. 4, and AugMix (Hendrycks et al., 2020) for Eq. (5).
-Every draw is made per image. Discrete choices (operation, level, depth, order) are drawn on the host, so that images
-are grouped by operation without waiting for the device; noise and mixing weights are drawn on the device.
+Every draw is made per image, from torch's global generators: noise on the device, everything else (operation, level,
+depth, order, mixing weights) on the host, so that images are grouped by operation without waiting for the device.
 
 Images are uint8 levels (B, 3, H, W) or floats in [0, 1] of that shape. The operations follow Pillow: those on levels
 bit for bit, the geometric ones within one level on 99% of the values.
@@ -14,27 +14,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from draws import Draws, as_draws
-
-# AugMix's nine operations; MAGNMA's set A is the first four, which map each level of an image to another level.
-OPERATIONS = ("autocontrast", "equalize", "posterize", "solarize")
-OPERATIONS += ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
-A_SIZE = 4
-AUTOCONTRAST, EQUALIZE, POSTERIZE, SOLARIZE, ROTATE, SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y = range(len(OPERATIONS))
+A = ("autocontrast", "equalize", "posterize", "solarize")  # MAGNMA's set A
+OPERATIONS = (*A, "rotate", "shear_x", "shear_y", "translate_x", "translate_y")  # AugMix's nine
+ROTATE, SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y = range(len(A), len(OPERATIONS))
 
 JITTER = 0.25  # Sec. 4: colour jitter, factors in [1 - JITTER, 1 + JITTER]
 DEGREES = 2.0  # Sec. 4: rotation, angles in [-DEGREES, DEGREES]
 PADDING = 4
-CHUNK = 128  # images that a CPU works on at a time: their float32 values take 1.5 MB
+CHUNK, LARGE_CHUNK = 128, 8192  # images at a time: on a CPU 1.5 MB of float32 values, which stay in its cache
 JITTER_ORDERS = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))  # brightness, contrast, saturation
 
 
-def in_cache(function: Callable[..., Tensor], images: Tensor, *arguments: Tensor) -> Tensor:
-    """function(images, *arguments), on a CPU in pieces of CHUNK images, whose values on the way stay in its cache."""
-    if images.device.type != "cpu" or len(images) <= CHUNK:
+def in_pieces(function: Callable[..., Tensor], images: Tensor, *arguments: Tensor) -> Tensor:
+    """function(images, *arguments), an image for each of images, made of as many at a time as suit the device."""
+    size = CHUNK if images.device.type == "cpu" else LARGE_CHUNK
+    if len(images) <= size:
         return function(images, *arguments)
-    pieces = zip(*(values.split(CHUNK) for values in (images, *arguments)), strict=True)
-    return torch.cat([function(*piece) for piece in pieces])
+    pieces = zip(*(values.split(size) for values in (images, *arguments)), strict=True)
+    first = function(*next(pieces))
+    result = torch.empty((len(images), *first.shape[1:]), dtype=first.dtype, device=first.device)
+    result[:size] = first
+    for k, piece in enumerate(pieces, 1):
+        result[k * size : (k + 1) * size] = function(*piece)
+    return result
 
 
 # Operations on levels: one level per image, bit for bit Pillow's ImageOps
@@ -185,17 +187,20 @@ def colour_jitter(images: Tensor, order: Tensor, factors: Tensor) -> Tensor:
     return to_uint8(x)
 
 
-def draw_preprocessing(draws: Draws, count: int, size: int, hflip: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `apply_preprocessing` takes for `count` images of size x size: crop, order, factors, matrix."""
-    corner = draws.integers((count, 2), 0, 2 * PADDING + 1)
-    mirrored = draws.integers((count, 1), 0, 2) if hflip else torch.zeros(count, 1, dtype=torch.int64)
-    order = torch.tensor(JITTER_ORDERS)[draws.integers((count,), 0, len(JITTER_ORDERS))]
-    degrees = draws.uniform((count,), -DEGREES, DEGREES, host=True)
-    matrix = fixed_point(rotation_matrix(degrees, size))
-    factors = draws.uniform((count, 3), 1 - JITTER, 1 + JITTER)
-    crop = torch.cat([corner, mirrored], 1)
-    crop, order, matrix = (values.to(draws.place, non_blocking=True) for values in (crop, order, matrix))
-    return crop, order, factors, matrix
+def preprocess(u8: Tensor, hflip: bool) -> Tensor:
+    """Sec. 4's preprocessing: random crop with padding 4, mirroring (if hflip), colour jitter 0.25, rotation up to 2
+    degrees (nearest, black), as torchvision's transforms do on Pillow images. uint8 (N, 3, S, S) -> the same.
+
+    Meant for all images of an epoch at once."""
+    check_levels(u8)
+    count, _, size, _ = u8.shape
+    corner = torch.randint(0, 2 * PADDING + 1, (count, 2))
+    mirrored = torch.randint(0, 2, (count, 1)) if hflip else torch.zeros(count, 1, dtype=torch.int64)
+    order = torch.tensor(JITTER_ORDERS)[torch.randint(0, len(JITTER_ORDERS), (count,))]
+    factors = 1 + JITTER * (2 * torch.rand(count, 3) - 1)
+    matrix = fixed_point(rotation_matrix(DEGREES * (2 * torch.rand(count) - 1), size))
+    draws = (torch.cat([corner, mirrored], 1), order, factors, matrix)
+    return in_pieces(apply_preprocessing, u8, *(values.to(u8.device, non_blocking=True) for values in draws))
 
 
 def apply_preprocessing(images: Tensor, crop: Tensor, order: Tensor, factors: Tensor, matrix: Tensor) -> Tensor:
@@ -203,44 +208,39 @@ def apply_preprocessing(images: Tensor, crop: Tensor, order: Tensor, factors: Te
     return rotate_nearest(colour_jitter(crop_and_flip(images, crop), order, factors), matrix)
 
 
-def preprocess(
-    images: Tensor,
-    hflip: bool,
-    generator: torch.Generator | Draws | None = None,
-    apply: Callable[..., Tensor] = apply_preprocessing,
-) -> Tensor:
-    """Sec. 4's preprocessing: random crop with padding 4, mirroring (if hflip), colour jitter 0.25, rotation up to 2
-    degrees (nearest, black), as torchvision's transforms do on Pillow images. uint8 (B, 3, S, S) -> the same.
-
-    `apply` is apply_preprocessing or its compiled form."""
-    check_levels(images)
-    count, _, size, _ = images.shape
-    return in_cache(apply, images, *draw_preprocessing(as_draws(generator, images), count, size, hflip))
-
-
 # MAGNMA's perturbations (Sec. 3 (a) and (b), Algorithm 1)
 
 
-@torch.no_grad()
-def gaussian_noise(x: Tensor, sigma_max: float, generator: torch.Generator | Draws | None = None) -> Tensor:
-    """x + delta, delta ~ N(0, sigma^2 I), sigma ~ U(0, sigma_max) per image, not clipped. (B, 3, H, W) -> the same."""
+def gaussian_noise(x: Tensor, sigma_max: float) -> Tensor:
+    """x + delta, delta ~ N(0, sigma^2 I), sigma ~ U(0, sigma_max) per image, not clipped. (B, 3, H, W) -> the same.
+
+    Raises ValueError for a negative sigma_max."""
     if not sigma_max >= 0:
         raise ValueError(f"sigma_max {sigma_max}: must be zero or more")
-    draws = as_draws(generator, x)
-    sigma = sigma_max * draws.uniform((x.shape[0], 1, 1, 1))
-    return draws.normal(x.shape).to(x.dtype).mul_(sigma).add_(x)
+    sigma = sigma_max * torch.rand(len(x), 1, 1, 1, dtype=x.dtype, device=x.device)
+    return x + sigma * torch.randn_like(x)
 
 
-@torch.no_grad()
-def mixed_augmentation(x: Tensor, beta: float, generator: torch.Generator | Draws | None = None) -> Tensor:
-    """x_a(w) = w x + (1 - w) T_a(x), a ~ U(A), level u ~ U{1..10}, w ~ Beta(beta, beta). [0, 1] -> [0, 1]."""
+def mixed_augmentation(x: Tensor, beta: float) -> Tensor:
+    """x_a(w) = w x + (1 - w) T_a(x), drawn anew for each image: a ~ U(A), w ~ Beta(beta, beta). [0, 1] -> [0, 1].
+
+    T_a works on the nearest of 256 levels. Raises ValueError unless beta is positive."""
+    a, v, w = draw_mixed(len(x), beta)
+    w = w.to(x.device, x.dtype, non_blocking=True).view(-1, 1, 1, 1)
+    return in_pieces(mix, x, w, operate(in_pieces(to_levels, x), a, v))
+
+
+def draw_mixed(count: int, beta: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The draws of `mixed_augmentation`, each (count,) on the host: a, an index into A; its level v; w.
+
+    The paper's intensity u ~ U{1..10} is a severity, as in AugMix: the level is v ~ U(0.1, u)."""
     if not beta > 0:
         raise ValueError(f"beta {beta}: must be above zero")
-    draws = as_draws(generator, x)
-    a = draws.integers((x.shape[0],), 0, A_SIZE)
-    u = draws.integers((x.shape[0],), 1, 11)
-    w = draws.beta((x.shape[0], 1, 1, 1), beta)
-    return in_cache(mix, x, w, operate(in_cache(to_levels, x), a, u))
+    a = torch.randint(0, len(A), (count,))
+    u = torch.randint(1, 11, (count,))
+    v = 0.1 + (u - 0.1) * torch.rand(count, dtype=torch.float64)
+    w = torch.distributions.Beta(torch.tensor(beta, dtype=torch.float64), torch.tensor(beta, dtype=torch.float64))
+    return a, v, w.sample((count,))
 
 
 def mix(x: Tensor, w: Tensor, levels: Tensor) -> Tensor:
@@ -261,34 +261,33 @@ def to_uint8(x: Tensor) -> Tensor:
 # AugMix (Hendrycks et al., 2020)
 
 
-@torch.compiler.disable  # its groups change size with every batch
 def operate(images: Tensor, op: Tensor, v: Tensor) -> Tensor:
-    """Apply to each image its operation, an index into OPERATIONS (-1: none), at level |v| in [0, 10].
+    """Apply to each image its operation, an index into OPERATIONS (-1: none), at level |v| in [0.1, 10].
 
-    images uint8 (B, 3, S, S); op, v (B,) on the host. AugMix's scale: 4 - floor(4 |v| / 10) bits, solarize at
-    256 - floor(256 |v| / 10), floor(30 |v| / 10) degrees, shear 0.3 |v| / 10, floor(S / 3 |v| / 10) pixels;
-    the sign of v is the direction of the last three.
+    images uint8 (B, 3, S, S); op, v (B,) on the host. AugMix's scale: posterize keeps 4 - floor(4 |v| / 10) bits,
+    solarize inverts from 256 - floor(256 |v| / 10), rotation by floor(30 |v| / 10) degrees, shear 0.3 |v| / 10,
+    translation by floor(S / 3 |v| / 10) pixels; the sign of v is the direction of the last three.
     """
-    order = op.argsort()  # so that images of one operation are neighbours
+    device, order = images.device, op.argsort()  # so that images of one operation are neighbours
     op, v = op[order], v[order].double()
     counts = torch.bincount(op + 1, minlength=len(OPERATIONS) + 1).tolist()
     sizes = [*counts[: ROTATE + 1], sum(counts[ROTATE + 1 : TRANSLATE_X + 1]), sum(counts[TRANSLATE_X + 1 :])]
-    bits = (4 - (4 * v.abs() / 10).floor()).int().to(images.device, non_blocking=True).split(sizes)
-    threshold = (256 - (256 * v.abs() / 10).floor()).int().to(images.device, non_blocking=True).split(sizes)
+    bits = (4 - (4 * v.abs() / 10).floor()).clamp(min=1).int().to(device, non_blocking=True).split(sizes)
+    threshold = (256 - (256 * v.abs() / 10).floor()).int().to(device, non_blocking=True).split(sizes)
     matrix = _augmix_matrix(op, v, images.shape[2]).split(sizes)
     pixels = (images.shape[2] / 3 * v / 10).trunc()
     shift = torch.stack([pixels * (op == TRANSLATE_X), pixels * (op == TRANSLATE_Y)], 1).split(sizes)
-    groups = images.index_select(0, order.to(images.device, non_blocking=True)).split(sizes)
+    groups = images.index_select(0, order.to(device, non_blocking=True)).split(sizes)
     results = [
         groups[0],
-        in_cache(autocontrast, groups[1]),
-        in_cache(equalize, groups[2]),
-        in_cache(posterize, groups[3], bits[3]),
-        in_cache(solarize, groups[4], threshold[4]),
-        in_cache(affine, groups[5], matrix[5]),
-        in_cache(translate, groups[6], shift[6]),
+        in_pieces(autocontrast, groups[1]),
+        in_pieces(equalize, groups[2]),
+        in_pieces(posterize, groups[3], bits[3]),
+        in_pieces(solarize, groups[4], threshold[4]),
+        in_pieces(affine, groups[5], matrix[5]),
+        in_pieces(translate, groups[6], shift[6]),
     ]
-    return torch.cat(results).index_select(0, order.argsort().to(images.device, non_blocking=True))
+    return torch.cat(results).index_select(0, order.argsort().to(device, non_blocking=True))
 
 
 def _augmix_matrix(op: Tensor, v: Tensor, size: int) -> Tensor:
@@ -299,34 +298,32 @@ def _augmix_matrix(op: Tensor, v: Tensor, size: int) -> Tensor:
     return torch.where((op == ROTATE).unsqueeze(1), rotated, sheared)
 
 
-@torch.no_grad()
-def augmix(
-    x: Tensor, generator: torch.Generator | Draws | None = None, *, width: int = 3, depth: int = 3, severity: float = 3
-) -> Tensor:
+def augmix(x: Tensor, width: int = 3, depth: int = 3) -> Tensor:
     """(1 - m) x + m sum_i w_i chain_i(x), m ~ Beta(1, 1), w ~ Dirichlet(1): `width` chains of 1 to `depth` operations.
 
-    Each operation is one of nine at a level v ~ U(0.1, severity), with a random sign; its result is rounded down to
-    uint8, chains are mixed in float. [0, 1] (B, 3, S, S) -> the same.
+    Each operation is one of nine at a level v ~ U(0.1, u) with a random sign, u ~ U{1..10} the image's severity; its
+    result is rounded down to uint8, chains are mixed in float. [0, 1] (B, 3, S, S) -> the same.
     """
-    draws, count = as_draws(generator, x), x.shape[0]
-    length = draws.integers((count, width, 1), 1, depth + 1)
-    op = draws.integers((count, width, depth), 0, len(OPERATIONS))
-    v = draws.uniform((count, width, depth), 0.1, severity, host=True)
-    v = v * (2 * draws.integers((count, width, depth), 0, 2) - 1)
+    count, device, dtype = len(x), x.device, x.dtype
+    length = torch.randint(1, depth + 1, (count, width, 1))
+    op = torch.randint(0, len(OPERATIONS), (count, width, depth))
+    u = torch.randint(1, 11, (count, 1, 1))
+    v = 0.1 + (u - 0.1) * torch.rand(count, width, depth, dtype=torch.float64)
+    v = v * (2 * torch.randint(0, 2, (count, width, depth)) - 1)
     op = torch.where(torch.arange(depth) < length, op, -1)
     op, v = op.transpose(0, 1).reshape(-1, depth), v.transpose(0, 1).reshape(-1, depth)  # chain by chain
-    weights = draws.dirichlet((count, width))
-    m = draws.uniform((count, 1, 1, 1))
+    weights = torch.distributions.Dirichlet(torch.ones(width)).sample((count,)).to(device, dtype, non_blocking=True)
+    m = torch.rand(count, 1, 1, 1).to(device, dtype, non_blocking=True)
 
-    chains = in_cache(to_levels, x).repeat(width, 1, 1, 1)
+    chains = in_pieces(to_levels, x).repeat(width, 1, 1, 1)
     for step in range(depth):
         chains = operate(chains, op[:, step], v[:, step])
-    return in_cache(mix_chains, x, m, weights, chains.view(width, *x.shape).transpose(0, 1))
+    return in_pieces(mix_chains, x, m, weights, chains.view(width, *x.shape).transpose(0, 1))
 
 
 def mix_chains(x: Tensor, m: Tensor, weights: Tensor, chains: Tensor) -> Tensor:
     """(1 - m) x + m sum_i w_i chain_i / 255. [0, 1], (B, 1, 1, 1), (B, width), uint8 (B, width, 3, S, S) -> [0, 1]."""
     mixed = (1 - m) * x
     for w, chain in zip(weights.unbind(1), chains.unbind(1), strict=True):
-        mixed.addcmul_(m / 255 * w.view(-1, 1, 1, 1), chain.float())
+        mixed.addcmul_(m / 255 * w.view(-1, 1, 1, 1), chain.to(x.dtype))
     return mixed

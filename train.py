@@ -1,379 +1,345 @@
-"""Algorithm 1: train one network by one method, from flags to checkpoint.
+"""Algorithm 1: train one network by one method.
 
     python train.py --method magnma --arch densenet121              # the paper's recipe, CIFAR-10 under data/
     python train.py --method magnma --lambda2 0                     # MAGNMA with the noise regulariser only
-    python train.py --dataset digits --arch resnet20 --epochs 3     # nothing to download, runs on any CPU
-    torchrun --nproc-per-node 2 train.py --method augmix            # one run on two GPUs
+    python train.py --dataset path/to/mine.npz                      # images of your own (data.py says in which form)
+    python train.py --dataset digits --arch resnet20 --epochs 3 --batch-size 64     # no download, on any CPU
     python train.py --method magnma --resume                        # go on where an interrupted run stopped
+    timeout 60m python train.py --method magnma --resume            # for an hour
+    torchrun --nproc-per-node 2 -- train.py --method augmix         # one run on two GPUs
 
-Sec. 4: SGD with Nesterov momentum 0.9, weight decay 5e-4, batches of 128, learning rate 0.1 divided by 10 every third
-of the epochs (every 50 of 150). Writes runs/<dataset>/<arch>/<method>[-<tag>]/seed<k>/: config.json, log.csv,
-timing.csv, last.pt and best.pt (the epoch with the best clean test accuracy, as the paper selects it).
-
-The draws of a step depend on (seed, epoch, step) alone and images stay on the device as uint8: a run repeats bit for
-bit on a CPU, whether it was interrupted or not, and is the same run on one device or several, up to batch norm
-and Inception's dropout, which draws from torch's own generator.
+Writes runs/<dataset>/<arch>/<method>[-<tag>]/seed<k>/: config.json; log.csv, a row an epoch; best.pt, the tested epoch
+of best clean test accuracy, as the paper selects it; last.pt, from which --resume goes on.
 """
 
 import argparse
-import itertools
-import random
+import csv
+import io
+import math
+import os
 import resource
 import sys
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
-from functools import partial
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-import device as hardware
-import runs
-from augment import apply_preprocessing, preprocess
-from checkpoints import Saver
-from data import DATASETS, Dataset, load_dataset
-from draws import Draws
-from evaluate import ensemble, predict
+import utils
+from augment import preprocess
+from data import BUILT_IN, Dataset, load_dataset
+from evaluate import predict
 from losses import METHODS
 from models import ARCHS, build_model
+from utils import seed
 
-MOMENTUM = 0.9
-GO_ON = "the same command with --resume goes on from here"
+LOG = ("epoch", "lr", "train_loss", "train_accuracy", "test_accuracy",
+       "seconds", "images_per_second", "peak_memory_mib")  # fmt: skip
+MAY_DIFFER = ("data", "device", "compile", "recompute", "tag", "out", "resume")  # when a run goes on
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags, each checked for its range. Raises ValueError naming the flag."""
-    at_least, above = (lambda kind, low: runs.number(kind, low=low)), (lambda low: runs.number(float, above=low))
-    parser = runs.Parser(description="Train one network by one method (Algorithm 1 of the paper).")
-    add = parser.add_argument
-    add("--dataset", choices=DATASETS, default="cifar10", help="digits needs no download")
-    add("--data", default="data", help="folder of the data sets")
-    add("--method", choices=tuple(METHODS), default="magnma", help="the training criterion, Eq. (1)-(6) and (12)")
-    add("--arch", choices=ARCHS, default="resnet18", help="the network")
-    add("--seed", type=at_least(int, 0), default=0, help="of the weights and of every draw")
-    add("--epochs", type=at_least(int, 1), default=150, help="T of Algorithm 1")
-    add("--batch-size", type=at_least(int, 1), default=128, help="|B| of Algorithm 1, over all devices")
-    add("--lr", type=above(0), default=0.1, help="first learning rate, divided by 10 every max(1, epochs // 3) epochs")
-    add("--weight-decay", type=at_least(float, 0), default=5e-4, help="of SGD")
-    add("--lambda1", type=at_least(float, 0), default=0.2, help="MAGNMA: weight of the noise regulariser; 0 skips it")
-    add("--lambda2", type=at_least(float, 0), default=0.3, help="MAGNMA: weight of the mixed augmentations; 0 skips it")
-    add("--sigma-max", type=at_least(float, 0), default=0.2, help="MAGNMA, GN: noise level, on pixels in [0, 1]")
-    add("--beta", type=above(0), default=1.0, help="MAGNMA: w ~ Beta(beta, beta) mixes x with T_a(x)")
-    add("--n", type=at_least(int, 0), default=5, help="MAGNMA: samples per regulariser")
-    add("--epsilon", type=at_least(float, 0), default=8 / 255, help="AT, TRADES: l_inf radius, on pixels in [0, 1]")
-    add("--pgd-steps", type=at_least(int, 0), default=7, help="AT, TRADES")
-    add("--pgd-step-size", type=at_least(float, 0), help="AT, TRADES; by default 2.5 epsilon / steps")
-    add("--trades-lambda", type=at_least(float, 0), default=6.0, help="TRADES: weight of the robust term")
-    add("--rse-sigma", type=at_least(float, 0), default=0.1, help="RSE: noise level, on pixels in [0, 1]")
-    add("--rse-samples", type=at_least(int, 1), default=10, help="RSE: draws averaged at test time")
-    add("--jsd-lambda", type=at_least(float, 0), default=12.0, help="AugMix: weight of the Jensen-Shannon divergence")
-    add("--subset", type=at_least(int, 1), help="train on the first N images only")
-    add("--accumulate", type=at_least(int, 1), default=1, help="split each batch's images into K micro-batches, to save"
-        " memory: the same loss up to batch-norm statistics, which are then those of a micro-batch")
-    add("--sync-bn", action="store_true", help="batch-norm statistics over all devices (torchrun on GPUs)")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:<index>")
-    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision of the network; auto:"
-        " bf16 where the GPU has it, else fp16, off on a CPU")
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; by default on CUDA")
-    add("--tag", help="of the run's folder; by default told from MAGNMA's hyperparameters")
-    add("--out", help="the run's folder; by default runs/<dataset>/<arch>/<method>[-<tag>]/seed<k>")
-    places = [f"{dataset}/{arch}" for dataset in DATASETS for arch in ARCHS]
-    add("--stands-for", choices=places, metavar="DATASET/ARCH",
-        help="what this run stands in for, when only the machinery is tried")
-    add("--resume", action="store_true", help="go on where the run stopped; from the start if there is nothing yet")
-    add("--overwrite", action="store_true", help="delete what is in the run's folder and start again")
-    add("--max-minutes", type=above(0), help="save and stop after this time; --resume goes on")
+    """The flags with every value resolved. Raises ValueError naming the flag that is wrong."""
+    parser = utils.Parser(description="Train one network by one method (Algorithm 1 of the paper).")
+    positive, not_negative = utils.number(float, above=0), utils.number(float, low=0)
+    natural, count = utils.number(int, low=0), utils.number(int, low=1)
+
+    flag = parser.add_argument_group("what").add_argument
+    flag("--dataset", default="cifar10", help=f"{', '.join(BUILT_IN)} (no download), or the path of an .npz file")
+    flag("--data", default="data", help="the folder of CIFAR, which is downloaded where it is missing")
+    flag("--method", choices=tuple(METHODS), default="magnma", help="the training criterion, Eq. (1)-(6) and (12)")
+    flag("--arch", choices=ARCHS, default="resnet18", help="the network")
+    flag("--seed", type=natural, default=0, help="of the weights and of every draw")
+    flag = parser.add_argument_group("Sec. 4, training details").add_argument
+    flag("--epochs", type=count, default=150, help="T of Algorithm 1")
+    flag("--batch-size", type=count, default=512, help="|B|, over all processes; the last incomplete one is dropped")
+    flag("--lr", type=positive, default=0.1, help="learning rate, divided by 10 every ceil(epochs / 3) epochs")
+    flag("--weight-decay", type=not_negative, default=5e-4, help="of SGD with Nesterov momentum 0.9")
+    flag = parser.add_argument_group("MAGNMA, Eq. (6)").add_argument
+    flag("--lambda1", type=not_negative, default=0.2, help="weight of the noise regulariser; 0 leaves it out")
+    flag("--lambda2", type=not_negative, default=0.3, help="weight of the mixed augmentations; 0 leaves them out")
+    flag("--sigma-max", type=not_negative, default=0.2, help="largest noise level, on pixels in [0, 1]; of GN too")
+    flag("--beta", type=positive, default=1.0, help="w ~ Beta(beta, beta) mixes x with T_a(x)")
+    flag("--n", type=natural, default=5, help="samples of each regulariser")
+    flag = parser.add_argument_group("AT and TRADES, Eq. (2) and (3)").add_argument
+    flag("--epsilon", type=not_negative, default=8 / 255, help="l_inf radius, on pixels in [0, 1]")
+    flag("--pgd-steps", type=natural, default=7, help="steps of the attack")
+    flag("--pgd-step-size", type=not_negative, help="by default 2.5 epsilon / steps")
+    flag("--trades-lambda", type=not_negative, default=3.0, help="weight of TRADES' robust term")
+    flag = parser.add_argument_group("RSE, Eq. (4)").add_argument
+    flag("--rse-sigma", type=not_negative, default=0.1, help="noise level, on pixels in [0, 1]")
+    flag("--rse-samples", type=count, default=10, help="draws that evaluate.py averages")
+    flag = parser.add_argument_group("AugMix, Eq. (5)").add_argument
+    flag("--jsd-lambda", type=not_negative, default=12.0, help="weight of the Jensen-Shannon divergence")
+    flag = parser.add_argument_group("how").add_argument
+    flag("--joint", action="store_true", help="MAGNMA, AugMix, TRADES: clean and perturbed copies in one forward pass,"
+         " as AugMix's own code has it, and not in passes of their own; batch norm sees the difference")
+    flag("--subset", type=count, help="train on the first N images only")
+    flag("--eval-every", type=count, default=5, help="test after the first epoch, every N-th and the last")
+    flag("--device", default="auto", help="auto, cpu, cuda or cuda:<index>. Under torchrun each process takes a share"
+         " of each batch; against one device, batch norm and the draws differ")
+    flag("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
+         help="mixed precision; auto: bf16 on GPUs that have it, fp16 on others, off on a CPU")
+    flag("--compile", action="store_true", help="torch.compile the network")
+    flag("--recompute", action="store_true", help="compute each forward pass again in the backward pass: the same"
+         " result, the memory of one copy's activations, a third more time")
+    flag("--tag", help="behind the method in the run's folder; by default told from the hyperparameters")
+    flag("--out", help="the run's folder; by default runs/<dataset>/<arch>/<method>[-<tag>]/seed<k>")
+    flag("--resume", action="store_true", help="go on where the run stopped; from the start if there is nothing yet")
+
     args = parser.parse_args(argv)
-    if args.method == "magnma" and args.n == 0 and (args.lambda1 > 0 or args.lambda2 > 0):
+    if args.method == "magnma" and args.n == 0 and args.lambda1 + args.lambda2 > 0:
         raise ValueError("--n 0 with a positive --lambda1 or --lambda2: MAGNMA needs at least one sample")
-    if args.accumulate > args.batch_size:
-        raise ValueError(f"--accumulate {args.accumulate} is more than the {args.batch_size} images of --batch-size")
-    if args.resume and args.overwrite:
-        raise ValueError("--resume and --overwrite exclude each other")
     if args.pgd_step_size is None:
         args.pgd_step_size = 2.5 * args.epsilon / max(1, args.pgd_steps)
     if args.tag is None:
-        args.tag = magnma_tag(args) if args.method == "magnma" else ""
+        args.tag = default_tag(args)
+    if args.out is None:
+        name = f"{args.method}-{args.tag}" if args.tag else args.method
+        args.out = str(Path("runs", Path(args.dataset).stem, args.arch, name, f"seed{args.seed}"))
     return args
 
 
-def magnma_tag(args: argparse.Namespace) -> str:
-    """The folder's tag for MAGNMA's hyperparameters: none for both, `noise`, `mix` (Table 3), else Table 5's values."""
-    setting = (args.lambda1, args.lambda2, args.sigma_max, args.beta)
-    names = {(0.2, 0.3, 0.2, 1.0): "", (0.2, 0.0, 0.2, 1.0): "noise", (0.0, 5.0, 0.2, 1.0): "mix"}
-    tag = names.get(setting, "l1_{:g}-l2_{:g}-s_{:g}-b_{:g}".format(*setting))
-    return tag if args.n == 5 else "-".join(filter(None, (tag, f"n_{args.n}")))
+def default_tag(args: argparse.Namespace) -> str:
+    """MAGNMA's hyperparameters: nothing for the paper's, `noise`, `mix` (Table 3) or Table 5's values; n; `joint`."""
+    parts = []
+    if args.method == "magnma":
+        setting = (args.lambda1, args.lambda2, args.sigma_max, args.beta)
+        names = {(0.2, 0.3, 0.2, 1.0): "", (0.2, 0.0, 0.2, 1.0): "noise", (0.0, 5.0, 0.2, 1.0): "mix"}
+        parts.append(names.get(setting, "l1_{:g}-l2_{:g}-s_{:g}-b_{:g}".format(*setting)))
+        parts.append("" if args.n == 5 else f"n_{args.n}")
+    return "-".join(filter(None, [*parts, "joint" if args.joint else ""]))
+
+
+# Algorithm 1
+
+
+def train(args: argparse.Namespace, dataset: Dataset, device: torch.device, rank: int = 0, world: int = 1) -> None:
+    """Algorithm 1: train f_theta for T epochs, with a checkpoint after each. This is process `rank` of `world`.
+
+    Raises ValueError when the loss is no longer finite, or the run to resume is another.
+    """
+    T, B, folder, dtype = args.epochs, args.batch_size, Path(args.out), utils.amp_dtype(args.amp, device)
+    X, Y = dataset.train_images[: args.subset].to(device), dataset.train_labels[: args.subset].to(device)
+    X_test = dataset.test_images.to(device) if rank == 0 else None
+    config = vars(args) | {"amp": utils.amp_name(dtype), "processes": world, "data_source": dataset.source,
+                           "train_images": len(X)}  # fmt: skip
+    method, hparams = METHODS[args.method], vars(args)
+
+    seed(args.seed)
+    f = build_model(args.arch, len(dataset.classes)).to(device, memory_format=torch.channels_last)
+    sgd = optimiser(f, args, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+    log = open_run(folder, config, f, sgd, scaler, rank)
+    if args.compile:
+        f.forward = torch.compile(f.forward, dynamic=False)
+    if args.recompute:
+        recompute(f)
+
+    for t in range(len(log), T):  # for t = 0 to T-1 do
+        start = time.monotonic()
+        eta_t = learning_rate(args.lr, t, T)
+        sgd.param_groups[0] |= {"lr": eta_t, "fused": device.type == "cuda"}
+        if world > 1:
+            for buffer in f.buffers():  # batch norm's, which only the first process saves
+                dist.broadcast(buffer, 0)
+        seed(args.seed, t)  # the same in every process
+        X_t = preprocess(X, dataset.hflip)  # Sec. 4
+        order = torch.randperm(len(X))[: len(X) // B * B].to(device)
+        seed(args.seed, t, rank)
+        loss_sum, correct = torch.zeros(2, dtype=torch.float64, device=device).unbind()  # read once an epoch
+        f.train()
+        for batch in tqdm(order.split(B), f"epoch {t + 1}/{T}", leave=False, unit="batch", unit_scale=False,
+                          disable=None if rank == 0 else True):  # for each batch (x, y) ~ D do  # fmt: skip
+            share = batch[rank::world]
+            x, y = X_t[share].float() / 255, Y[share]
+            with utils.autocast(device, dtype):
+                loss, logits = method(f, x, y, hparams)  # L_T, its mean over the batch
+            scaler.scale(loss / world).backward()
+            add_up_gradients(f, world)
+            scaler.step(sgd)  # theta = theta - eta_t 1/|B| sum_i grad L_T(x_i, y_i)
+            scaler.update()
+            sgd.zero_grad()
+            loss_sum += loss.detach() * len(share)
+            correct += (logits.detach().argmax(dim=1) == y).sum()
+
+        if world > 1:
+            dist.all_reduce(loss_sum)
+            dist.all_reduce(correct)
+        train_loss, train_accuracy = loss_sum.item() / len(order), 100 * correct.item() / len(order)
+        seconds = time.monotonic() - start
+        if not math.isfinite(train_loss):
+            raise ValueError(f"the training loss of epoch {t + 1} is {train_loss}; {folder} keeps the epochs before."
+                             " Try a smaller --lr, or --amp off")  # fmt: skip
+        tested = rank == 0 and (t == 0 or (t + 1) % args.eval_every == 0 or t + 1 == T)
+        test_accuracy = 100 * accuracy(f, X_test, dataset.test_labels, dtype) if tested else None
+        row = (t + 1, eta_t, train_loss, train_accuracy, test_accuracy, seconds, len(order) / seconds, memory(device))
+        log.append(dict(zip(LOG, row, strict=True)))
+        if rank == 0:
+            save_run(folder, config, f, sgd, scaler, log)
+        if tested:
+            tqdm.write(f"epoch {t + 1}/{T}  lr {eta_t:g}  loss {train_loss:.4f}  train {train_accuracy:.2f}%"
+                       f"  test {test_accuracy:.2f}%  {seconds:.1f} s")  # fmt: skip
 
 
 def learning_rate(lr: float, t: int, epochs: int) -> float:
-    """eta_t of Algorithm 1 in epoch t = 0 ... epochs - 1: divided by 10 every max(1, epochs // 3) epochs (Sec. 4)."""
-    return lr * 0.1 ** (t // max(1, epochs // 3))
+    """eta_t of Algorithm 1, t = 0 ... epochs - 1: divided by 10 every ceil(epochs / 3) epochs (Sec. 4: 50 of 150)."""
+    return lr * 0.1 ** (t // math.ceil(epochs / 3))
 
 
-def shares(start: int, stop: int, parts: int) -> list[tuple[int, int]]:
-    """`parts` consecutive ranges of [start, stop), as equal as can be; those left without a row are empty."""
-    cuts = [start + (stop - start) * k // parts for k in range(parts + 1)]
-    return list(itertools.pairwise(cuts))
-
-
-def train_step(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    config: dict,
-    *,
-    hflip: bool,
-    seed: int,
-    rank: int = 0,
-    world: int = 1,
-    dtype: torch.dtype | None = None,
-    scaler: torch.amp.GradScaler | None = None,
-    apply: Callable[..., Tensor] = apply_preprocessing,
-) -> tuple[Tensor, Tensor]:
-    """The loss of one batch and its gradient, up to the update of theta.
-
-    images uint8 (|B|, 3, 32, 32) and labels (|B|,) are the whole batch; this rank takes its share of the rows, in
-    `accumulate` micro-batches, and of the draws, which depend on `seed` alone. Returns this rank's (sum of losses,
-    number of correct predictions), on the device: nothing here waits for it.
-    """
-    total, device = len(images), images.device
-    loss_sum, correct = torch.zeros((), device=device), torch.zeros((), device=device)
-    micro_batches = [m for m in shares(*shares(0, total, world)[rank], config["accumulate"]) if m[0] < m[1]]
-    for k, (start, stop) in enumerate(micro_batches):
-        draws = Draws.seeded(seed, device, start=start, count=stop - start, total=total)
-        x = preprocess(images[start:stop], hflip, draws, apply).float() / 255
-        y = labels[start:stop]
-        last = k == len(micro_batches) - 1  # ranks exchange gradients once a step
-        with nullcontext() if last or world == 1 else model.no_sync():
-            with hardware.autocast(device, dtype):
-                loss, logits = METHODS[config["method"]](model, x, y, config, draws)
-            # DistributedDataParallel averages over ranks: weigh each share by its images
-            weighted = loss * ((stop - start) * world / total)
-            (weighted if scaler is None else scaler.scale(weighted)).backward()
-        loss_sum += loss.detach() * (stop - start)
-        correct += (logits.detach().argmax(dim=1) == y).sum()
-    return loss_sum, correct
-
-
-def train(
-    config: dict,
-    folder: Path,
-    dataset: Dataset,
-    device: torch.device,
-    stop: runs.StopRequest,
-    *,
-    dtype: torch.dtype | None = None,
-    compiled: bool = False,
-    resume: bool = False,
-    rank: int = 0,
-    world: int = 1,
-) -> None:
-    """Algorithm 1: train f_theta for T epochs, with a checkpoint after each.
-
-    Raises ValueError when the loss is no longer finite, or the checkpoint to resume does not fit; runs.Stopped when
-    `stop` is pending, with what was done saved: on one device within a step, on several at the end of the epoch.
-    """
-    seed, T, batch_size, hflip = config["seed"], config["epochs"], config["batch_size"], dataset.hflip
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002 - nothing draws from it; its state is saved all the same
-    f_theta = build_model(config["arch"], len(dataset.classes), dataset.mean, dataset.std)
-    f_theta = f_theta.to(device, memory_format=torch.channels_last)
-    network = parallel(f_theta, config, device, compiled, world)
-    # dozens of small kernels for a GPU, made a few; on a CPU the pieces in its cache are faster
-    apply = hardware.compile_if(compiled and device.type == "cuda", apply_preprocessing, dynamic=False)
-    theta, scaler = optimiser(f_theta, config, device, dtype)
-    done = {"epoch": 0, "step": 0, "loss_sum": 0.0, "correct": 0.0, "seconds": 0.0,
-            "best_epoch": 0, "best_accuracy": -1.0, "log": [], "timing": []}  # fmt: skip
-    save = Saver(config, folder, dataset, device, f_theta, theta, scaler, hardware.amp_name(dtype))
-    if resume and (folder / "last.pt").exists():
-        done = save.restore(follow=rank == 0)
-
-    def pause(t: int, step: int, loss_sum: Tensor, correct: Tensor, seconds: float) -> None:
-        """Save and end the run if it was told to stop; several processes stop together, at the end of the epoch."""
-        if stop.pending() and world == 1:
-            check_finite(loss_sum.item(), t, folder)
-            save.last(done | {"epoch": t, "step": step, "loss_sum": loss_sum.item(), "correct": correct.item(),
-                              "seconds": seconds})  # fmt: skip
-            raise stop.stopped(GO_ON)
-
-    X, Y = dataset.train_images[: config["subset"]].to(device), dataset.train_labels[: config["subset"]].to(device)
-    test_images = dataset.test_images.to(device)
-    for t in range(done["epoch"], T):  # for t = 0 to T-1 do
-        eta_t = learning_rate(config["lr"], t, T)
-        theta.param_groups[0] |= {"lr": eta_t, "fused": device.type == "cuda"}
-        order = torch.randperm(len(X), generator=torch.Generator().manual_seed(runs.seed_of(seed, "order", t)))
-        batches = [b for b in order.to(device).split(batch_size) if len(b) >= world]
-        # losses and counts add up on the device and are read once an epoch
-        before = (done["loss_sum"], done["correct"]) if rank == 0 else (0.0, 0.0)  # of steps before a resume, once
-        loss_sum, correct = torch.tensor(before, dtype=torch.float64, device=device)
-        began = time.monotonic() - done["seconds"]
-        network.train()
-        with tqdm(total=len(X), initial=min(len(X), done["step"] * batch_size), desc=f"epoch {t + 1}/{T}", unit="img",
-                  mininterval=0.5, leave=False, disable=None if rank == 0 else True) as bar:  # fmt: skip
-            for step in range(done["step"], len(batches)):  # for each batch (x, y) ~ D do
-                batch = batches[step]
-                step_loss, step_correct = train_step(
-                    network, X[batch], Y[batch], config, hflip=hflip, seed=runs.seed_of(seed, "step", t, step),
-                    rank=rank, world=world, dtype=dtype, scaler=scaler, apply=apply,
-                )  # fmt: skip
-                update(theta, scaler)  # theta = theta - eta_t 1/|B| sum_i grad L_T(x_i, y_i)
-                loss_sum += step_loss
-                correct += step_correct
-                bar.update(len(batch))
-                pause(t, step + 1, loss_sum, correct, time.monotonic() - began)
-        pending = torch.tensor(float(stop.pending()), device=device)
-        if world > 1:
-            for total in (loss_sum, correct, pending):
-                dist.all_reduce(total)
-        images = sum(map(len, batches))
-        train_loss, train_accuracy = loss_sum.item() / images, 100 * correct.item() / images
-        seconds = time.monotonic() - began  # of the device too, whose sums were just read
-        check_finite(train_loss, t, folder)
-        if rank > 0:
-            done |= {"step": 0, "loss_sum": 0.0, "correct": 0.0, "seconds": 0.0}
-            if pending and t + 1 < T:
-                dist.barrier()  # the first process saves
-                raise stop.stopped(GO_ON)
-            continue
-        poll = partial(pause, t, len(batches), loss_sum, correct, seconds)
-        test_accuracy = 100 * accuracy(f_theta, test_images, dataset.test_labels, config, dtype, poll)
-        if test_accuracy > done["best_accuracy"]:
-            done |= {"best_epoch": t + 1, "best_accuracy": test_accuracy}
-        done["log"].append([t + 1, eta_t, train_loss, train_accuracy, test_accuracy])
-        done["timing"].append([t + 1, round(seconds, 3), round(images / seconds, 1), peak_memory_mib(device)])
-        done |= {"epoch": t + 1, "step": 0, "loss_sum": 0.0, "correct": 0.0, "seconds": 0.0}
-        save.epoch(done)
-        tqdm.write(f"epoch {t + 1}/{T}  lr {eta_t:g}  loss {train_loss:.4f}  train {train_accuracy:.2f}%"
-                   f"  test {test_accuracy:.2f}%  {seconds:.1f} s")  # fmt: skip
-        if pending and t + 1 < T:
-            if world > 1:
-                dist.barrier()  # the others wait, since torchrun ends all when one does
-            raise stop.stopped(GO_ON)
-
-
-def check_finite(loss: float, t: int, folder: Path) -> None:
-    """Raise ValueError if the loss of epoch t is not a finite number, before anything of it is saved."""
-    if not np.isfinite(loss):
-        raise ValueError(f"the training loss of epoch {t + 1} is {loss}; {folder} keeps what was saved before."
-                         " Try a smaller --lr, or --amp off")  # fmt: skip
-
-
-def parallel(f_theta: nn.Module, config: dict, device: torch.device, compiled: bool, world: int) -> nn.Module:
-    """f_theta as it is run: batch norm in common, compiled, replicated; its parameters are f_theta's own."""
-    if config["sync_bn"]:
-        nn.SyncBatchNorm.convert_sync_batchnorm(f_theta)
-    # Standard at |B| = 128 is bound by kernel launches, which CUDA graphs take away
-    graphs = device.type == "cuda" and config["method"] == "standard" and world == 1 and config["accumulate"] == 1
-    network = hardware.compile_if(compiled, f_theta, mode="reduce-overhead" if graphs else "default", dynamic=False)
-    if world > 1:
-        ids = [device.index] if device.type == "cuda" else None
-        network = nn.parallel.DistributedDataParallel(network, device_ids=ids)
-    return network
-
-
-def optimiser(
-    f_theta: nn.Module, config: dict, device: torch.device, dtype: torch.dtype | None
-) -> tuple[torch.optim.Optimizer, torch.amp.GradScaler | None]:
-    """SGD as in Sec. 4, and the gradient scaler that float16 needs.
-
-    On a GPU in one fused kernel, which skips a step that overflowed without asking the host. It takes the momentum for
-    initialised after the first step, skipped or not, so it is here: from zero it grows to the same.
-    """
+def optimiser(f: nn.Module, args: argparse.Namespace, device: torch.device) -> torch.optim.SGD:
+    """SGD as in Sec. 4. On a GPU in one fused kernel, which skips a step that overflowed without asking the host."""
     fused = device.type == "cuda"
-    theta = torch.optim.SGD(f_theta.parameters(), lr=config["lr"], momentum=MOMENTUM, nesterov=True,
-                            weight_decay=config["weight_decay"], fused=fused)  # fmt: skip
-    if fused:
-        for p in f_theta.parameters():
-            theta.state[p]["momentum_buffer"] = torch.zeros_like(p)
-    return theta, torch.amp.GradScaler(device.type) if dtype is torch.float16 else None
+    sgd = torch.optim.SGD(f.parameters(), args.lr, momentum=0.9, nesterov=True, weight_decay=args.weight_decay,
+                          fused=fused)  # fmt: skip
+    for p in f.parameters() if fused else ():  # after a first step that was skipped it would find none
+        sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return sgd
 
 
-def update(theta: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None) -> None:
-    """One step of SGD along the gradients that were added up, which are then cleared."""
-    if scaler is None:
-        theta.step()
-    else:
-        scaler.step(theta)
-        scaler.update()
-    theta.zero_grad(set_to_none=True)
+def add_up_gradients(f: nn.Module, world: int) -> None:
+    """Replace each gradient by its sum over the processes."""
+    if world == 1:
+        return
+    gradients = [p.grad for p in f.parameters()]
+    flat = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(flat)
+    for g, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        g.copy_(part.view_as(g))
 
 
-def accuracy(
-    f_theta: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    config: dict,
-    dtype: torch.dtype | None,
-    poll: Callable[[], None],
-) -> float:
-    """Clean test accuracy in [0, 1]; RSE with its test-time ensemble. `poll` is called before each batch."""
-    _, prediction = predict(f_theta, images, dtype=dtype, poll=poll, **ensemble(config, "clean"))
+def recompute(f: nn.Module) -> None:
+    """Let f keep the input of each forward pass alone, and compute the pass again in the backward pass.
+
+    Then batch norm uses the batch's statistics but leaves the running ones, already updated, alone. Dropout repeats.
+    """
+    once = f.forward
+
+    @contextmanager
+    def statistics_fixed() -> Iterator[None]:
+        norms = [(m, m.momentum, m.num_batches_tracked) for m in f.modules() if isinstance(m, nn.BatchNorm2d)]
+        for m, _, _ in norms:
+            m.momentum, m.num_batches_tracked = 0.0, None
+        try:
+            yield
+        finally:
+            for m, momentum, count in norms:
+                m.momentum, m.num_batches_tracked = momentum, count
+
+    def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:  # of the first pass, and of the second
+        return nullcontext(), statistics_fixed()
+
+    f.forward = lambda x: checkpoint(once, x, use_reentrant=False, context_fn=contexts)
+
+
+def accuracy(f: nn.Module, images: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype | None) -> float:
+    """Clean test accuracy in [0, 1], by which best.pt is selected; for RSE too of one pass without noise."""
+    _, prediction = predict(f, images, dtype=dtype)
     return (prediction == labels).double().mean().item()
 
 
-def peak_memory_mib(device: torch.device) -> float:
-    """Most memory used so far in MiB: the GPU's by this process, or the process' own on a CPU."""
+def memory(device: torch.device) -> float:
+    """Peak memory so far, MiB: the GPU's, or this process' on a CPU."""
     if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, 1)
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
-def open_folder(folder: Path, config: dict, resume: bool, overwrite: bool) -> None:
-    """Make the run's folder ready and write config.json. Raises ValueError where a run is there already."""
-    if (folder / "last.pt").exists() or (folder / "results.json").exists():
-        if not (resume or overwrite):
-            raise ValueError(f"{folder} holds a run already; --resume goes on with it, --overwrite deletes it")
-        if overwrite:
-            # last.pt before what it explains: whenever this is killed, --resume does not go on with the old run
-            for name in ("results.json", "last.pt", "best.pt", "log.csv", "timing.csv", "config.json"):
-                (folder / name).unlink(missing_ok=True)
-    if not (folder / "last.pt").exists():
-        runs.write_json(folder / "config.json", config)
+# A run's folder
 
 
-def main(argv: list[str] | None = None) -> int:
+def open_run(
+    folder: Path, config: dict, f: nn.Module, sgd: torch.optim.SGD, scaler: torch.amp.GradScaler, rank: int
+) -> list[dict]:
+    """Start the run in `folder`, or restore it into f, sgd and scaler; returns the log's rows so far.
+
+    Raises ValueError where another run is there, and OSError for a disk that is full.
+    """
+    last = folder / "last.pt"
+    if config["resume"] and last.exists():
+        saved = utils.load_checkpoint(last)
+        try:
+            theirs, log = saved["config"], saved["log"]
+            differ = [k for k in config if k not in MAY_DIFFER and theirs.get(k) != config[k]]
+            if not differ:
+                f.load_state_dict(saved["model"])
+                sgd.load_state_dict(saved["optimizer"])
+                scaler.load_state_dict(saved["scaler"])
+        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise ValueError(f"{last} is no checkpoint of train.py ({str(error)[:80]}); name another --out") from error
+        if differ:
+            flags = ", ".join(f"--{k.replace('_', '-')} {theirs.get(k)} (now {config[k]})" for k in differ)
+            raise ValueError(f"the run in {folder} has {flags}; give the run's own flags, or another --out")
+        if rank == 0:
+            write_log(folder, log)  # where it was killed between last.pt and the log
+        return log
+    if rank == 0:
+        if (folder / "config.json").exists() and not config["resume"]:
+            raise ValueError(f"{folder} holds a run already; --resume goes on with it, --tag or --out makes another")
+        utils.write_json(folder / "config.json", config)
+    return []
+
+
+def save_run(
+    folder: Path, config: dict, f: nn.Module, sgd: torch.optim.SGD, scaler: torch.amp.GradScaler, log: list[dict]
+) -> None:
+    """Write best.pt, if the last epoch is the best of those tested, then last.pt, then log.csv.
+
+    Killed in between, the run goes on from the last.pt before, makes the same epoch and writes the same files.
+    """
+    about = {"config": config, **utils.provenance(next(f.parameters()).device), "epoch": len(log)}
+    about["model"] = f.state_dict()
+    best = max((row for row in log if row["test_accuracy"] is not None), key=lambda row: row["test_accuracy"])
+    if best is log[-1]:
+        utils.save_checkpoint(folder / "best.pt", about)
+    states = {"optimizer": sgd.state_dict(), "scaler": scaler.state_dict(), "log": log}
+    utils.save_checkpoint(folder / "last.pt", about | states)
+    write_log(folder, log)
+
+
+def write_log(folder: Path, log: list[dict]) -> None:
+    """log.csv, a row an epoch; test_accuracy is empty where the epoch was not tested."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, LOG, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: f"{v:.8g}" if isinstance(v, float) else v for k, v in row.items()} for row in log)
+    with utils.atomic_write(folder / "log.csv") as file:
+        file.write(text.getvalue().encode())
+
+
+def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    rank, world = hardware.init_distributed(args.device)
-    device = hardware.pick_device(args.device)
-    hardware.set_fast_math(device)
-    dtype = hardware.amp_dtype(args.amp, device)
-    compiled = args.compile if args.compile is not None else device.type == "cuda"
-    if compiled and (reason := hardware.compiler_missing(device)):
-        tqdm.write(f"not compiling: {reason}")
-        compiled = False
+    device = utils.pick_device(args.device)
+    rank, world = 0, 1
+    if "RANK" in os.environ:  # torchrun started this process
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
+        rank, world = dist.get_rank(), dist.get_world_size()
     if rank > 0:
         dist.barrier()  # the first process may have to download
     dataset = load_dataset(args.dataset, args.data)
     if world > 1 and rank == 0:
         dist.barrier()
-    if min(args.batch_size, args.subset or args.batch_size) < world:
-        raise ValueError(f"--batch-size or --subset is less than the {world} processes, which share each batch")
-    if args.subset is not None and args.subset > len(dataset.train_images):
-        raise ValueError(f"--subset {args.subset}: {args.dataset} has {len(dataset.train_images)} training images")
-    if args.sync_bn and (device.type != "cuda" or world == 1):
-        raise ValueError("--sync-bn needs GPUs and torchrun; leave it out on one device")
-    folder = Path(args.out or runs.run_folder("runs", args.dataset, args.arch, args.method, args.tag, args.seed))
-    config = vars(args)
-    with runs.lock(folder) if rank == 0 else nullcontext(), runs.StopRequest(args.max_minutes) as stop:
-        if rank == 0:
-            open_folder(folder, config, args.resume, args.overwrite)
-            tqdm.write(f"{folder}: {args.method}, {args.arch}, {args.dataset} ({dataset.source}), "
-                       f"{hardware.describe(device)}" + (f" x {world}" if world > 1 else ""))  # fmt: skip
-        if world > 1:
-            dist.barrier()  # the folder is ready
-        train(config, folder, dataset, device, stop, dtype=dtype, compiled=compiled, resume=args.resume,
-              rank=rank, world=world)  # fmt: skip
+    images = len(dataset.train_images)
+    if args.subset is not None and args.subset > images:
+        raise ValueError(f"--subset {args.subset}: {dataset.name} has {images} training images")
+    if args.batch_size > (args.subset or images):
+        raise ValueError(f"--batch-size {args.batch_size} is more than the {args.subset or images} training images")
+    if args.batch_size % world:
+        raise ValueError(f"--batch-size {args.batch_size} does not divide by the {world} processes")
+    if rank == 0:
+        tqdm.write(f"{args.out}: {args.method}, {args.arch}, {dataset.name} ({dataset.source}), "
+                   f"{utils.describe(device)}" + (f" x {world}" if world > 1 else ""))  # fmt: skip
+    train(args, dataset, device, rank, world)
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(runs.run_main(main))
+    sys.exit(utils.run_main(main))

@@ -5,7 +5,7 @@ from collections import OrderedDict
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from device import import_torchvision
+from utils import import_torchvision
 
 torchvision = import_torchvision()
 BasicBlock = torchvision.models.resnet.BasicBlock
@@ -14,12 +14,10 @@ BasicBlock = torchvision.models.resnet.BasicBlock
 def resnet18(num_classes: int) -> nn.Module:
     """torchvision's ResNet-18 with a 3x3 stride-1 first convolution and no max-pooling.
 
-    (B, 3, 32, 32) -> (B, num_classes); maps of 32, 16, 8, 4 pixels.
-    11,173,962 parameters for 10 classes, 11,220,132 for 100.
+    (B, 3, 32, 32) -> (B, num_classes); maps of 32, 16, 8, 4 pixels. 11,173,962 parameters for 10 classes.
     """
     model = torchvision.models.resnet18(num_classes=num_classes)
-    model.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
-    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's
+    model.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
     model.maxpool = nn.Identity()
     return model
 
@@ -39,8 +37,7 @@ class OptionAShortcut(nn.Module):
 def resnet20(num_classes: int) -> nn.Module:
     """ResNet-20 for CIFAR: three stages of three basic blocks with 16, 32, 64 channels, option-A shortcuts.
 
-    (B, 3, 32, 32) -> (B, num_classes); maps of 32, 16, 8 pixels. Key names as torchvision's ResNets.
-    269,722 parameters for 10 classes, 275,572 for 100. Convolutions are initialised as He et al. (2015), fan-out.
+    (B, 3, 32, 32) -> (B, num_classes); maps of 32, 16, 8 pixels. 269,722 parameters for 10 classes.
     """
 
     def stage(inplanes: int, planes: int, stride: int) -> nn.Sequential:
@@ -48,20 +45,15 @@ def resnet20(num_classes: int) -> nn.Module:
         first = BasicBlock(inplanes, planes, stride, downsample=shortcut)
         return nn.Sequential(first, BasicBlock(planes, planes), BasicBlock(planes, planes))
 
-    model = nn.Sequential(
-        OrderedDict(
-            conv1=nn.Conv2d(3, 16, kernel_size=3, stride=1, padding=1, bias=False),
-            bn1=nn.BatchNorm2d(16),
-            relu=nn.ReLU(inplace=True),
-            layer1=stage(16, 16, stride=1),
-            layer2=stage(16, 32, stride=2),
-            layer3=stage(32, 64, stride=2),
-            avgpool=nn.AdaptiveAvgPool2d((1, 1)),
-            flatten=nn.Flatten(),
-            fc=nn.Linear(64, num_classes),
-        )
+    layers = OrderedDict(
+        conv1=nn.Conv2d(3, 16, kernel_size=3, padding=1, bias=False),
+        bn1=nn.BatchNorm2d(16),
+        relu=nn.ReLU(inplace=True),
+        layer1=stage(16, 16, stride=1),
+        layer2=stage(16, 32, stride=2),
+        layer3=stage(32, 64, stride=2),
+        avgpool=nn.AdaptiveAvgPool2d((1, 1)),
+        flatten=nn.Flatten(),
+        fc=nn.Linear(64, num_classes),
     )
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    return model
+    return nn.Sequential(layers)
