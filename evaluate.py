@@ -9,8 +9,10 @@ set's folder, gaussian_noise or one of your own, becomes a further row, outside 
 
 import argparse
 import csv
+import json
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +32,7 @@ FIFTEEN = (  # over which AugMix and RobustBench report their mean
     "frost", "fog", "brightness", "contrast", "elastic_transform", "pixelate", "jpeg_compression",
 )  # fmt: skip
 NOT_HPARAMS = ("dataset", "arch", "method", "seed", "tag", "amp", "data_source", "train_images")  # stand beside them
+WHERE_IT_RAN = ("data", "device", "compile", "recompute", "out", "resume")  # hparams that do not make another run
 
 
 # Calibration
@@ -44,7 +47,10 @@ def rms_calibration_error(
     sorted by confidence, groups of 100, the remainder joined to the last. Raises ValueError for empty, NaN or
     out-of-range input.
     """
-    confidence, correct = (np.asarray(values, dtype=np.float64).ravel() for values in (confidence, correct))
+    confidence, correct = (
+        torch.as_tensor(values, dtype=torch.float64, device="cpu").detach().numpy().ravel()
+        for values in (confidence, correct)
+    )
     if len(confidence) == 0 or len(confidence) != len(correct):
         raise ValueError(f"calibration needs as many confidences as outcomes, not {len(confidence)} and {len(correct)}")
     if not ((confidence >= 0) & (confidence <= 1)).all() or not ((correct == 0) | (correct == 1)).all():  # NaN fails
@@ -201,6 +207,82 @@ def load_weights(path: Path, arch: str, num_classes: int, state: dict) -> nn.Mod
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return f
+
+
+# Results read back, for tables.py and figures.py
+
+
+def read_results(root: str | Path) -> tuple[dict[Path, dict], list[str]]:
+    """Every sound results.json below `root` by its path, and a line for each that is damaged or of an older form.
+
+    Raises FileNotFoundError where there is no such folder, or no results.json below it.
+    """
+    paths = sorted(Path(root).rglob("results.json"))
+    if not paths:
+        raise FileNotFoundError(f"no results.json below {root}; train.py, then evaluate.py write one a run")
+    sound, problems = {}, []
+    for path in paths:
+        try:
+            content = utils.read_json(path)
+            check_results(content)
+            sound[path] = content
+        except (OSError, ValueError) as error:
+            problems.append(f"{path} is left out: {error}")
+    return sound, problems
+
+
+def check_results(content: dict) -> None:
+    """Raise ValueError unless `content` has the form that this script writes, with percentages that fit each other."""
+    try:
+        for key in ("dataset", "arch", "data_source", "corruption_source"):
+            if not isinstance(content[key], str):
+                raise ValueError(f"{key} is no text")
+        if not isinstance(content["hparams"], dict) or not isinstance(content["test_images"], int):
+            raise ValueError("hparams or test_images is of another type")
+        {key: content[key] for key in ("method", "tag", "seed", "train_images", "limit", "amp", "evaluation")}
+        entries = [content[which] for which in ("best", "last", "foreign") if content.get(which) is not None]
+        if not entries:
+            raise ValueError("it holds no evaluation")
+        for e in entries:
+            sets = {name: e["corruptions"][name] for name in CORRUPTIONS} | e["corruptions"]
+            cells = [e["clean"], *(cell for cells in sets.values() for cell in cells)]
+            pooled = [e[f"corrupt_rms_calibration_error{kind}"] for kind in ("", "_adaptive")]
+            values = np.array([[cell[key] for key in scores(np.ones(1), np.ones(1))] for cell in cells], dtype=float)
+            if not ((values >= 0) & (values <= 100)).all() or not all(0 <= v <= 100 for v in pooled):
+                raise ValueError("a number is no percentage")
+            if any(len(cells) != len(SEVERITIES) for cells in sets.values()):
+                raise ValueError("a corruption has not 5 severities")
+            mca = np.mean([cell["accuracy"] for name in CORRUPTIONS for cell in sets[name]])
+            if not abs(mca - e["mca"]) < 0.01:
+                raise ValueError(f"its mCA is {e['mca']}, but its 90 accuracies have the mean {mca:.2f}")
+            if any(np.shape(e["reliability"][kind]) != (N_BINS, 3) for kind in ("clean", "corrupt")):
+                raise ValueError(f"its reliability diagrams have not {N_BINS} bins of 3 numbers")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"it is of an older or another form ({error}); evaluate the run again") from None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ by nothing but their seed: what they share, and the content of each seed's results.json."""
+
+    shared: dict  # dataset, arch, method, tag, hparams, data_source, corruption_source, amp, ... as in results.json
+    seeds: dict[int, dict]
+    left_out: list[Path]  # further runs of a seed that is there already
+
+
+def group_runs(runs: dict[Path, dict]) -> list[Group]:
+    """Sort runs into groups; runs of different data, precision or hyperparameters are never in one."""
+    groups: dict[str, Group] = {}
+    for path, content in runs.items():
+        keys = ("dataset", "arch", "method", "data_source", "corruption_source", "train_images", "test_images", "amp")
+        shared = {key: content[key] for key in keys} | {"evaluation_amp": content["evaluation"].get("amp")}
+        shared["hparams"] = {k: v for k, v in content["hparams"].items() if k not in WHERE_IT_RAN}
+        group = groups.setdefault(json.dumps(shared, sort_keys=True), Group(shared | {"tag": content["tag"]}, {}, []))
+        if content["seed"] in group.seeds:
+            group.left_out.append(path)
+        else:
+            group.seeds[content["seed"]] = content
+    return list(groups.values())
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

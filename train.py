@@ -128,15 +128,15 @@ def train(args: argparse.Namespace, dataset: Dataset, device: torch.device, rank
     T, B, folder, dtype = args.epochs, args.batch_size, Path(args.out), utils.amp_dtype(args.amp, device)
     X, Y = dataset.train_images[: args.subset].to(device), dataset.train_labels[: args.subset].to(device)
     X_test = dataset.test_images.to(device) if rank == 0 else None
-    config = vars(args) | {"amp": utils.amp_name(dtype), "processes": world, "data_source": dataset.source,
-                           "train_images": len(X)}  # fmt: skip
+    really = {"amp": utils.amp_name(dtype), "processes": world, "data_source": dataset.source, "train_images": len(X)}
+    about = {"config": vars(args) | really, **utils.provenance(device)}
     method, hparams = METHODS[args.method], vars(args)
 
     seed(args.seed)
     f = build_model(args.arch, len(dataset.classes)).to(device, memory_format=torch.channels_last)
     sgd = optimiser(f, args, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
-    log = open_run(folder, config, f, sgd, scaler, rank)
+    log = open_run(folder, about["config"], f, sgd, scaler, rank)
     if args.compile:
         f.forward = torch.compile(f.forward, dynamic=False)
     if args.recompute:
@@ -155,7 +155,7 @@ def train(args: argparse.Namespace, dataset: Dataset, device: torch.device, rank
         seed(args.seed, t, rank)
         loss_sum, correct = torch.zeros(2, dtype=torch.float64, device=device).unbind()  # read once an epoch
         f.train()
-        for batch in tqdm(order.split(B), f"epoch {t + 1}/{T}", leave=False, unit="batch", unit_scale=False,
+        for batch in tqdm(order.split(B), f"epoch {t + 1}/{T}", leave=False, unit="batch",
                           disable=None if rank == 0 else True):  # for each batch (x, y) ~ D do  # fmt: skip
             share = batch[rank::world]
             x, y = X_t[share].float() / 255, Y[share]
@@ -182,7 +182,7 @@ def train(args: argparse.Namespace, dataset: Dataset, device: torch.device, rank
         row = (t + 1, eta_t, train_loss, train_accuracy, test_accuracy, seconds, len(order) / seconds, memory(device))
         log.append(dict(zip(LOG, row, strict=True)))
         if rank == 0:
-            save_run(folder, config, f, sgd, scaler, log)
+            save_run(folder, about, f, sgd, scaler, log)
         if tested:
             tqdm.write(f"epoch {t + 1}/{T}  lr {eta_t:g}  loss {train_loss:.4f}  train {train_accuracy:.2f}%"
                        f"  test {test_accuracy:.2f}%  {seconds:.1f} s")  # fmt: skip
@@ -275,7 +275,7 @@ def open_run(
             raise ValueError(f"{last} is no checkpoint of train.py ({str(error)[:80]}); name another --out") from error
         if differ:
             flags = ", ".join(f"--{k.replace('_', '-')} {theirs.get(k)} (now {config[k]})" for k in differ)
-            raise ValueError(f"the run in {folder} has {flags}; give the run's own flags, or another --out")
+            raise ValueError(f"the run in {folder} was begun with {flags}; go on as it began, or name another --out")
         if rank == 0:
             write_log(folder, log)  # where it was killed between last.pt and the log
         return log
@@ -287,19 +287,18 @@ def open_run(
 
 
 def save_run(
-    folder: Path, config: dict, f: nn.Module, sgd: torch.optim.SGD, scaler: torch.amp.GradScaler, log: list[dict]
+    folder: Path, about: dict, f: nn.Module, sgd: torch.optim.SGD, scaler: torch.amp.GradScaler, log: list[dict]
 ) -> None:
     """Write best.pt, if the last epoch is the best of those tested, then last.pt, then log.csv.
 
     Killed in between, the run goes on from the last.pt before, makes the same epoch and writes the same files.
     """
-    about = {"config": config, **utils.provenance(next(f.parameters()).device), "epoch": len(log)}
-    about["model"] = f.state_dict()
+    content = about | {"epoch": len(log), "model": f.state_dict()}
     best = max((row for row in log if row["test_accuracy"] is not None), key=lambda row: row["test_accuracy"])
     if best is log[-1]:
-        utils.save_checkpoint(folder / "best.pt", about)
+        utils.save_checkpoint(folder / "best.pt", content)
     states = {"optimizer": sgd.state_dict(), "scaler": scaler.state_dict(), "log": log}
-    utils.save_checkpoint(folder / "last.pt", about | states)
+    utils.save_checkpoint(folder / "last.pt", content | states)
     write_log(folder, log)
 
 
