@@ -1,74 +1,61 @@
 """The 19 corruptions of CIFAR-C at five severities (Fig. 4); as a script it writes a CIFAR-C folder.
 
-    python corruptions.py --dataset cifar10 --data data                # writes data/CIFAR-10-C: the paper's 18
-    python corruptions.py --dataset digits --data data --all19         # and gaussian_noise
+    python corruptions.py --dataset cifar10 --data data                # writes data/CIFAR-10-C
     python corruptions.py --dataset cifar10 --data data --download     # the official archive instead (2.9 GB)
+    python corruptions.py --dataset path/to/mine.npz --data data       # writes data/mine-C
 
 Source: Hendrycks and Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions and Perturbations"
 (ICLR 2019), with their constants for 32x32 images. Each corruption is a function of (x, c, draw): a batch x, uint8
 (N, 32, 32, 3) RGB; the constants c of one severity; and draw(k), which gives k uniform numbers in [0, 1) per image,
 float64 (N, k), the same at each call. It returns floats on the scale where 1 is white, which `corrupt` clips and
 truncates to uint8, or finished uint8 images. All are vectorised over images, and what becomes of an image does not
-depend on the others.
+depend on the others. A corruption of your own is such a function and its entry in SEVERITIES.
 
-Only light libraries are imported here, since every worker process imports this file.
+In a folder that the script made, files that are there are kept: delete one to have it made anew.
 """
 
 import functools
+import hashlib
 import importlib.metadata
 import io
+import itertools
+import multiprocessing
+import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
 import numpy as np
+import PIL
+import scipy
 from PIL import Image
+from scipy import sparse
 from scipy.ndimage import gaussian_filter
-from scipy.special import pdtr
+from scipy.special import ndtri, pdtr
 
-from filters import (
-    PIXELS,
-    SIDE,
-    apply_matrix,
-    bilinear,
-    blur,
-    mean_zoom_matrix,
-    motion,
-    normal,
-    plasma,
-    to_uint8,
-    zoom_matrix,
-)
+# Every worker process imports this file, so what needs torch (data, utils) is imported where it is used.
 
+SIDE = 32
+PIXELS = SIDE * SIDE
 CHUNK = 250  # images at a time: some megabytes, near the processor's cache
 BT601 = np.array([0.299, 0.587, 0.114])
 TURQUOISE = np.array([175, 238, 238]) / 255  # meant as B, G, R and added to R, G, B: the published slip is kept
 MUD = np.array([63, 42, 20]) / 255
 FROST_PACKAGE = "imagecorruptions"
 FROST_FILES = ("frost1.png", "frost2.png", "frost3.png", "frost4.jpg", "frost5.jpg")
+ZENODO = "https://zenodo.org/records/{}?download=1"
+OFFICIAL = {  # url, md5
+    "cifar10": (ZENODO.format("2535967/files/CIFAR-10-C.tar"), "56bf5dcef84df0e2308c6dcbcbbd8499"),
+    "cifar100": (ZENODO.format("3555552/files/CIFAR-100-C.tar"), "11f0ed0f1191edbf9fa23466ae6021d3"),
+}
 
 Draw = Callable[[int], np.ndarray]
-
-
-@functools.cache
-def frost_photographs() -> list[np.ndarray]:
-    """The five frost photographs shrunk by 0.2 with OpenCV's INTER_LINEAR, uint8 (H, W, 3) RGB.
-
-    Raises ValueError when the package that ships them is not installed; it is only looked up, never imported.
-    """
-    try:
-        package = importlib.metadata.distribution(FROST_PACKAGE)
-        paths = [Path(package.locate_file(f"{FROST_PACKAGE}/frost/{file}")) for file in FROST_FILES]
-    except importlib.metadata.PackageNotFoundError:
-        paths = []
-    photographs = [cv2.imread(str(path)) for path in paths if path.is_file()]
-    if len(photographs) < len(FROST_FILES):
-        raise ValueError(
-            f"frost needs the photographs of the package {FROST_PACKAGE}; get them with: "
-            f"python -m pip install --no-deps {FROST_PACKAGE}==1.1.2"
-        )
-    return [cv2.resize(photograph, (0, 0), fx=0.2, fy=0.2)[..., ::-1] for photograph in photographs]
 
 
 # The corruptions
@@ -241,19 +228,16 @@ def spatter(x: np.ndarray, c: tuple[float, ...], draw: Draw) -> np.ndarray:
         m[m < 0.8] = 0
         return x / 255 * (1 - m) + m * MUD
     liquid = (liquid * 255).astype(np.int64).astype(np.uint8)  # wraps above 255, as published
-    m = liquid.astype(np.float64) * [water_relief(drops) for drops in liquid]
+    m = liquid.astype(np.float64)
+    for n, drops in enumerate(liquid):  # shaded by the distance to their outlines
+        distance = cv2.distanceTransform(255 - cv2.Canny(drops, 50, 150), cv2.DIST_L2, 5)
+        distance = cv2.equalizeHist(cv2.blur(np.minimum(distance, 20), (3, 3)).astype(np.uint8))
+        m[n] *= cv2.blur(cv2.filter2D(distance, cv2.CV_8U, np.array([[-2, -1, 0], [-1, 1, 1], [0, 1, 2]])), (3, 3))
     m *= c[4] / np.maximum(m.max(axis=(1, 2), keepdims=True), 1)
     return x / 255 + m[..., None] * TURQUOISE
 
 
-def water_relief(drops: np.ndarray) -> np.ndarray:
-    """Shading of water drops, uint8 (32, 32), from the distance to their outlines; OpenCV's steps."""
-    distance = cv2.distanceTransform(255 - cv2.Canny(drops, 50, 150), cv2.DIST_L2, 5)
-    distance = cv2.equalizeHist(cv2.blur(np.minimum(distance, 20), (3, 3)).astype(np.uint8))
-    return cv2.blur(cv2.filter2D(distance, cv2.CV_8U, np.array([[-2, -1, 0], [-1, 1, 1], [0, 1, 2]])), (3, 3))
-
-
-SEVERITIES = {
+SEVERITIES = {  # function: its constants at severity 1 to 5
     gaussian_noise: (0.04, 0.06, 0.08, 0.09, 0.10),
     shot_noise: (500, 250, 100, 75, 50),
     impulse_noise: (0.01, 0.02, 0.03, 0.05, 0.07),
@@ -264,11 +248,8 @@ SEVERITIES = {
     motion_blur: ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5)),
     zoom_blur: (1.06, 1.11, 1.16, 1.21, 1.26),
     snow: (
-        (0.1, 0.2, 1, 0.6, 8, 3, 0.95),
-        (0.1, 0.2, 1, 0.5, 10, 4, 0.9),
-        (0.15, 0.3, 1.75, 0.55, 10, 4, 0.9),
-        (0.25, 0.3, 2.25, 0.6, 12, 6, 0.85),
-        (0.3, 0.3, 1.25, 0.65, 14, 12, 0.8),
+        (0.1, 0.2, 1, 0.6, 8, 3, 0.95), (0.1, 0.2, 1, 0.5, 10, 4, 0.9), (0.15, 0.3, 1.75, 0.55, 10, 4, 0.9),
+        (0.25, 0.3, 2.25, 0.6, 12, 6, 0.85), (0.3, 0.3, 1.25, 0.65, 14, 12, 0.8),
     ),
     frost: ((1, 0.2), (1, 0.3), (0.9, 0.4), (0.85, 0.4), (0.75, 0.45)),
     fog: ((0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75)),
@@ -279,14 +260,10 @@ SEVERITIES = {
     pixelate: (0.95, 0.9, 0.85, 0.75, 0.65),
     jpeg_compression: (80, 65, 58, 50, 40),
     spatter: (
-        (0.62, 0.1, 0.7, 0.7, 0.5, 0),
-        (0.65, 0.1, 0.8, 0.7, 0.5, 0),
-        (0.65, 0.3, 1, 0.69, 0.5, 0),
-        (0.65, 0.1, 0.7, 0.69, 0.6, 1),
-        (0.65, 0.1, 0.5, 0.68, 0.6, 1),
+        (0.62, 0.1, 0.7, 0.7, 0.5, 0), (0.65, 0.1, 0.8, 0.7, 0.5, 0), (0.65, 0.3, 1, 0.69, 0.5, 0),
+        (0.65, 0.1, 0.7, 0.69, 0.6, 1), (0.65, 0.1, 0.5, 0.68, 0.6, 1),
     ),
-}
-FUNCTIONS = {function.__name__: function for function in SEVERITIES}
+}  # fmt: skip
 
 
 def uniform(seed: int, name: str, severity: int, first: int, count: int, k: int) -> np.ndarray:
@@ -308,16 +285,16 @@ def corrupt(images: np.ndarray, name: str, severity: int, seed: int, first_index
     change a pixel. Raises ValueError for another shape or dtype, an unknown name, a severity outside 1-5, a negative
     seed or index, or frost without its photographs.
     """
-    if name not in FUNCTIONS:
-        raise ValueError(f"unknown corruption {name!r}; choose from {', '.join(FUNCTIONS)}")
+    functions = {function.__name__: function for function in SEVERITIES}
+    if name not in functions:
+        raise ValueError(f"unknown corruption {name!r}; choose from {', '.join(functions)}")
     if severity not in range(1, 6):
         raise ValueError(f"severity {severity!r} is not one of 1, 2, 3, 4, 5")
     if seed < 0 or first_index < 0:
         raise ValueError(f"seed {seed} and first index {first_index} must not be negative")
     if images.dtype != np.uint8 or images.shape[1:] != (SIDE, SIDE, 3):
         raise ValueError(f"images must be uint8 (N, 32, 32, 3), not {images.dtype} {images.shape}")
-    function = FUNCTIONS[name]
-    c = SEVERITIES[function][severity - 1]
+    function, c = functions[name], SEVERITIES[functions[name]][severity - 1]
     corrupted = np.empty_like(images)
     for start in range(0, len(images), CHUNK):
         x = images[start : start + CHUNK]
@@ -327,8 +304,287 @@ def corrupt(images: np.ndarray, name: str, severity: int, seed: int, first_index
     return corrupted
 
 
-if __name__ == "__main__":
-    import make_corrupted
-    import runs
+# What they are made of
 
-    sys.exit(runs.run_main(make_corrupted.main))
+
+@functools.cache
+def frost_photographs() -> list[np.ndarray]:
+    """The five frost photographs shrunk by 0.2 with OpenCV's INTER_LINEAR, uint8 (H, W, 3) RGB.
+
+    Raises ValueError when the package that ships them is not installed; it is only looked up, never imported.
+    """
+    try:
+        package = importlib.metadata.distribution(FROST_PACKAGE)
+        paths = [Path(package.locate_file(f"{FROST_PACKAGE}/frost/{file}")) for file in FROST_FILES]
+    except importlib.metadata.PackageNotFoundError:
+        paths = []
+    photographs = [cv2.imread(str(path)) for path in paths if path.is_file()]
+    if len(photographs) < len(FROST_FILES):
+        raise ValueError(
+            f"frost needs the photographs of the package {FROST_PACKAGE}; get them with: "
+            f"python -m pip install --no-deps {FROST_PACKAGE}==1.1.2"
+        )
+    return [cv2.resize(photograph, (0, 0), fx=0.2, fy=0.2)[..., ::-1] for photograph in photographs]
+
+
+def to_uint8(y: np.ndarray) -> np.ndarray:
+    """Clip floats to [0, 1], scale by 255 and truncate (not round), as the published sets were written."""
+    return (np.clip(y, 0, 1) * 255).astype(np.uint8)
+
+
+def normal(u: np.ndarray) -> np.ndarray:
+    """Standard normal numbers from uniform ones in [0, 1), one for one, by the inverse of the distribution function."""
+    return ndtri(np.maximum(u, 2.0**-54))
+
+
+def blur(x: np.ndarray, sigma: float) -> np.ndarray:
+    """Gaussian blur of (N, 32, 32, ...) along both image axes; nearest border, truncated at 4 sigma."""
+    return gaussian_filter(x, (0, sigma, sigma) + (0,) * (x.ndim - 3), mode="nearest", truncate=4)
+
+
+def motion(x: np.ndarray, radius: int, sigma: float, degrees: np.ndarray) -> np.ndarray:
+    """ImageMagick's motion blur of uint8 (N, 32, 32, C) at angles (N,), rounded to uint8 as ImageMagick does.
+
+    2 radius + 1 taps of weight exp(-i^2 / (2 sigma^2)), one-sided: tap i reads the pixel displaced by
+    (ceil(i cos a - 1/2) columns, ceil(i sin a - 1/2) rows), clamped to the image.
+    """
+    taps = np.arange(2 * radius + 1)
+    weights = np.exp(-(taps**2) / (2 * sigma**2))
+    weights = (weights / weights.sum()).astype(np.float32)
+    a = np.deg2rad(degrees)[:, None]
+    margin = 2 * radius
+    columns = np.ceil(taps * np.cos(a) - 0.5).astype(int) + margin
+    rows = np.ceil(taps * np.sin(a) - 0.5).astype(int) + margin
+    padded = np.pad(x, ((0, 0), (margin, margin), (margin, margin), (0, 0)), "edge").astype(np.float32)
+    y = np.zeros(x.shape, np.float32)
+    for n in range(len(x)):
+        for weight, row, column in zip(weights, rows[n], columns[n], strict=True):
+            y[n] += weight * padded[n, row : row + SIDE, column : column + SIDE]
+    return np.rint(y).astype(np.uint8)
+
+
+@functools.cache
+def zoom_matrix(factor: float) -> sparse.csr_array:
+    """The centre crop to ceil(32 / factor) pixels and linear zoom back, (1024, 1024) on flattened images.
+
+    As scipy.ndimage.zoom(order=1): round(crop * factor) places from the crop's first pixel to its last, trimmed to 32.
+    """
+    crop = int(np.ceil(SIDE / factor))
+    size = round(crop * factor)
+    place = (np.arange(SIDE) + (size - SIDE) // 2) * (crop - 1) / (size - 1)
+    low = np.minimum(place.astype(int), crop - 2)
+    first = (SIDE - crop) // 2 + low
+    along = np.zeros((SIDE, SIDE))
+    along[np.arange(SIDE), first] = 1 - (place - low)
+    along[np.arange(SIDE), first + 1] = place - low
+    return sparse.csr_array(sparse.kron(along, along))
+
+
+@functools.cache
+def mean_zoom_matrix(factors: tuple[float, ...]) -> sparse.csr_array:
+    """The mean of the image itself and of its zooms by each factor, (1024, 1024) on flattened images."""
+    return sum(map(zoom_matrix, factors), start=sparse.eye_array(PIXELS, format="csr")) / (len(factors) + 1)
+
+
+def apply_matrix(matrix: sparse.csr_array, x: np.ndarray) -> np.ndarray:
+    """Apply a (1024, 1024) matrix to each image and channel of (N, 32, 32, C)."""
+    columns = x.reshape(len(x), PIXELS, -1).transpose(1, 0, 2)
+    return (matrix @ columns.reshape(PIXELS, -1)).reshape(columns.shape).transpose(1, 0, 2).reshape(x.shape)
+
+
+def bilinear(x: np.ndarray, rows: np.ndarray, columns: np.ndarray, repeat_edge: bool) -> np.ndarray:
+    """Read (N, 32, 32, C) at real-valued places (N, 32, 32), mirrored at the border.
+
+    The edge pixel is repeated by the mirror (scipy's `reflect`) or not (OpenCV's reflect-101).
+    """
+    period, top = (2 * SIDE, 2 * SIDE - 1) if repeat_edge else (2 * SIDE - 2, 2 * SIDE - 2)
+    row, column = np.floor(rows).astype(int), np.floor(columns).astype(int)
+    down, right = (rows - row)[..., None], (columns - column)[..., None]
+    flat = x.reshape(-1, x.shape[-1])
+    image = np.arange(len(x))[:, None, None] * PIXELS
+
+    def read(i, j):
+        i, j = i % period, j % period
+        return flat[image + np.minimum(i, top - i) * SIDE + np.minimum(j, top - j)]
+
+    upper = (1 - right) * read(row, column) + right * read(row, column + 1)
+    lower = (1 - right) * read(row + 1, column) + right * read(row + 1, column + 1)
+    return (1 - down) * upper + down * lower
+
+
+def plasma(u: np.ndarray, decay: float) -> np.ndarray:
+    """Diamond-square noise on a 32x32 torus from u (N, 1023), (N, 32, 32) in [0, 1].
+
+    Every new point is the mean of its four neighbours plus wibble * U(-wibble, wibble).
+    """
+    p = np.zeros((len(u), SIDE, SIDE))
+    wibble = 100.0
+    for step in (32, 16, 8, 4, 2):
+        half, cells = step // 2, SIDE // step
+        noise, u = np.split(u, [3 * cells**2], axis=1)
+        noise = wibble * wibble * (2 * noise.reshape(-1, 3, cells, cells) - 1)
+        corners, centres = p[:, ::step, ::step], p[:, half::step, half::step]
+        across, down = corners + np.roll(corners, -1, axis=2), corners + np.roll(corners, -1, axis=1)
+        centres[:] = (across + np.roll(across, -1, axis=1)) / 4 + noise[:, 0]
+        p[:, ::step, half::step] = (across + centres + np.roll(centres, 1, axis=1)) / 4 + noise[:, 1]
+        p[:, half::step, ::step] = (down + centres + np.roll(centres, 1, axis=2)) / 4 + noise[:, 2]
+        wibble /= decay
+    p -= p.min(axis=(1, 2), keepdims=True)
+    return p / p.max(axis=(1, 2), keepdims=True)
+
+
+# The folder
+
+
+def generate(folder: Path, images: np.ndarray, labels: np.ndarray, seed: int, workers: int, about: dict) -> None:
+    """Write every corruption of the clean images, uint8 (N, 32, 32, 3), and their labels, int (N,), into `folder`.
+
+    The bytes depend on images, labels and seed alone. A file that is there is kept where generated.json fits; `about`
+    goes into that. Raises ValueError where it does not, OSError for a full disk or a worker that was killed.
+    """
+    from tqdm import tqdm
+
+    import utils
+
+    names = [function.__name__ for function in SEVERITIES]
+    names = [name for name in names if not (folder / f"{name}.npy").is_file()]
+    libraries = {"numpy": np, "scipy": scipy, "opencv": cv2, "pillow": PIL}
+    versions = {name: library.__version__ for name, library in libraries.items()}
+    clean = hashlib.sha256(images.tobytes()).hexdigest()
+    record = {**about, "seed": seed, "clean_sha256": clean, "versions": versions}
+    check_folder(folder, record, complete=not names)
+    if "frost" in names:
+        frost_photographs()  # their lack is told now, not after minutes
+    if not (folder / "generated.json").is_file():
+        utils.write_json(folder / "generated.json", record)
+    if not (folder / "labels.npy").is_file():
+        with utils.atomic_write(folder / "labels.npy") as file:
+            np.save(file, np.tile(labels.astype(np.min_scalar_type(labels.max())), 5))  # uint8, as in the official sets
+    pieces = list(itertools.product(range(1, 6), range(0, len(images), CHUNK)))
+    header = {"descr": "|u1", "fortran_order": False, "shape": (5 * len(images), SIDE, SIDE, 3)}
+    bar = tqdm(total=len(names) * 5 * len(images), unit="image", smoothing=0.1, disable=None)
+    with bar, shared_map(min(workers, len(pieces))) as share:
+        for name in names:
+            bar.set_description(name)
+            for leftover in folder.glob(f".{name}.npy.*.tmp"):  # of a process that was killed
+                leftover.unlink()
+            arguments = [(images[first : first + CHUNK], name, severity, seed, first) for severity, first in pieces]
+            with utils.atomic_write(folder / f"{name}.npy") as file:
+                np.lib.format.write_array_header_1_0(file, header)
+                for corrupted in share(corrupt, *zip(*arguments, strict=True)):
+                    file.write(corrupted.data)
+                    bar.update(len(corrupted))
+            if bar.disable:
+                print(f"{name}: done", flush=True)
+
+
+def check_folder(folder: Path, record: dict, complete: bool) -> None:
+    """Raise ValueError where the files in `folder` were made otherwise than `record` says.
+
+    Other versions of the libraries matter only while the folder is not complete.
+    """
+    import utils
+
+    remedy = "delete that folder, or name another with --data"
+    if (folder / "official.json").is_file():
+        raise ValueError(f"{folder} holds the official set; {remedy}")
+    if (folder / "generated.json").is_file():
+        there = utils.read_json(folder / "generated.json")
+        for key, value in record.items():
+            if there.get(key) != value and not (key == "versions" and complete):
+                was = "from other test images" if key == "clean_sha256" else f"with {key} {there.get(key)}, not {value}"
+                raise ValueError(f"{folder} was made {was}; {remedy}")
+    elif any(folder.glob("*.npy")):
+        raise ValueError(f"{folder} holds arrays without a generated.json, so another program made them; {remedy}")
+
+
+@contextmanager
+def shared_map(workers: int) -> Iterator[Callable]:
+    """A `map` whose calls `workers` processes share (1: this process makes them)."""
+    cv2.setNumThreads(1)
+    if workers == 1:
+        yield map
+        return
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=start_worker)
+
+    def share(function: Callable, *arguments: tuple) -> Iterator:
+        # Ctrl-C in a terminal reaches all processes and is the parent's to handle: workers inherit that it is blocked.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            return pool.map(function, *arguments)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    try:
+        yield share
+    except BrokenProcessPool:
+        raise OSError("a worker process was killed (too little memory?); run it again, it goes on") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def start_worker() -> None:
+    """One thread for OpenCV, and no life after the parent's: a killed parent cannot tell its workers to end."""
+    cv2.setNumThreads(1)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def download(folder: Path, url: str, md5: str) -> None:
+    """Fetch the official archive, unpack it as `folder`, and leave an official.json of url and md5 there.
+
+    Raises ValueError where the folder holds anything else, OSError where the archive cannot be had.
+    """
+    import utils
+
+    if (folder / "official.json").is_file():
+        return
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} holds other files; delete that folder, or name another with --data")
+    tools = utils.import_torchvision().datasets.utils
+    archive = folder.with_name(f"{folder.name}.tar")
+    unpacked = folder.with_name(f"{folder.name}.unpacking")  # so that the folder appears whole
+    try:
+        tools.download_and_extract_archive(url, archive.parent, unpacked, archive.name, md5)
+    except Exception as error:  # the network and the archive can raise nearly anything
+        reason = " ".join(str(error).split())[:100] or type(error).__name__
+        raise OSError(f"{url} cannot be had ({reason}); try again, put that file at {archive}, or leave --download out"
+                      " and have the set made here") from error  # fmt: skip
+    utils.write_json(unpacked / folder.name / "official.json", {"url": url, "md5": md5})
+    os.replace(unpacked / folder.name, folder)
+    unpacked.rmdir()
+    archive.unlink()
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse the flags, then write or fetch the folder."""
+    import data
+    import utils
+
+    parser = utils.Parser(description="Write a CIFAR-C folder: test images under 19 corruptions at five severities.")
+    add = parser.add_argument
+    add("--dataset", default="cifar10", help="whose test images: cifar10, cifar100, digits or the path of an .npz file")
+    add("--data", type=Path, default=Path("data"), help="folder of the data sets; CIFAR-10-C and so on are made in it")
+    add("--seed", type=utils.number(int, low=0), default=0, help="of all random draws")
+    add("--workers", type=utils.number(int, low=1), default=os.cpu_count(), help="processes; no pixel depends on it")
+    add("--download", action="store_true", help="fetch the official set instead (2.9 GB)")
+    args = parser.parse_args(argv)
+    if args.download:
+        if args.dataset not in OFFICIAL:
+            raise ValueError(f"--download: there is no official corrupted set of {args.dataset}; leave the flag out")
+        folder = data.corrupted_folder(args.dataset, args.data)
+        download(folder, *OFFICIAL[args.dataset])
+        print(f"{folder}: the official set")
+        return
+    clean = data.load_dataset(args.dataset, args.data)
+    folder = data.corrupted_folder(clean.name, args.data)
+    images = np.ascontiguousarray(clean.test_images.permute(0, 2, 3, 1).numpy())
+    about = {"dataset": clean.name, "source": clean.source}
+    generate(folder, images, clean.test_labels.numpy(), args.seed, args.workers, about)
+    print(f"{folder}: {len(SEVERITIES)} corruptions of {len(images)} images at five severities, seed {args.seed}")
+
+
+if __name__ == "__main__":
+    from utils import run_main
+
+    sys.exit(run_main(main))

@@ -112,7 +112,7 @@ def _load_npz(path: Path) -> Dataset:
         tensors.append(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous())
         tensors.append(torch.from_numpy(labels.astype(np.int64)))
     count = 1 + max(int(tensors[1].max()), int(tensors[3].max()))
-    classes = [str(name) for name in arrays.get("classes", np.arange(max(2, count)))]
+    classes = [str(name) for name in np.ravel(arrays.get("classes", np.arange(max(2, count))))]
     if len(classes) < max(2, count):
         raise ValueError(f"{path} names {len(classes)} classes, but its labels go up to {count - 1}")
     return Dataset(path.stem, *tensors, classes, bool(arrays.get("hflip", True)), str(arrays.get("source", path.name)))
@@ -155,9 +155,11 @@ def corruption_source(name: str, root: str | Path) -> str:
 def _map(name: str, root: str | Path, stem: str) -> np.ndarray:
     path = corrupted_folder(name, root) / f"{stem}.npy"
     if not path.is_file():
-        raise FileNotFoundError(f"no {path}; make it with `python corruptions.py --dataset {name} --data {root}`")
+        dataset = name if name in BUILT_IN else f"PATH/{name}.npz"
+        raise FileNotFoundError(f"no {path}; make it with `python corruptions.py --dataset {dataset} --data {root}`")
     try:
-        return np.load(path, mmap_mode="c", allow_pickle=False)  # c: a private view, which torch may take as writable
+        # c: a private view, which torch may take as writable
+        return np.lib.format.open_memmap(path, mode="c")
     except Exception as error:  # damaged bytes can make numpy raise nearly anything
         reason = " ".join(str(error).split())[:80]
         raise ValueError(f"{path} is damaged ({reason}); delete it and make it anew") from None

@@ -1,0 +1,63 @@
+"""README.md and NOTES.md: the worked example runs as it stands, and every name and flag that they give exists."""
+
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+import train
+from data import CORRUPTIONS
+from evaluate import parse_args as evaluate_args
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_worked_example_trains_evaluates_and_is_listed(tmp_path):
+    (patch,) = re.findall(r"```diff\n(.*?)```", README, re.DOTALL)
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("models/*.py"), *ROOT.glob("paper/*.json")]:
+        copy = tmp_path / path.relative_to(ROOT)
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_text(path.read_text())
+    subprocess.run(["git", "apply", "-"], input=patch, text=True, cwd=tmp_path, check=True)
+
+    rng, n = np.random.default_rng(0), 20
+    images, labels = rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8), np.arange(n) % 2
+    np.savez(tmp_path / "mine.npz", train_images=images, train_labels=labels, test_images=images, test_labels=labels)
+    (tmp_path / "data/mine-C").mkdir(parents=True)
+    for name in CORRUPTIONS:
+        np.save(tmp_path / f"data/mine-C/{name}.npy", np.tile(images, (5, 1, 1, 1)))
+    np.save(tmp_path / "data/mine-C/labels.npy", np.tile(labels, 5))
+
+    def run(*command: str) -> str:
+        done = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    small = "--dataset mine.npz --arch resnet20 --epochs 1 --batch-size 10 --device cpu".split()
+    run("train.py", "--method", "mixup", "--mixup-alpha", "0.5", *small)
+    run("evaluate.py", "runs/mine/resnet20/mixup/seed0", "--device", "cpu")
+    assert "mixup" in run("tables.py", "runs")
+
+
+def test_names_exist():
+    names = set(re.findall(r"`(augment|corruptions|data|evaluate|losses|models|train)\.([A-Za-z_]+)`", README))
+    assert len(names) > 20
+    missing = [f"{m}.{name}" for m, name in names if name != "py" and not hasattr(importlib.import_module(m), name)]
+    assert not missing
+    files = re.findall(r"[`(]((?:tests|paper|results)/[\w./-]+\.\w+)[`)]", README)
+    assert not [file for file in files if not (ROOT / file).is_file()]
+
+
+def test_commands_parse():
+    commands = re.findall(r"^    (?:timeout 60m )?python (train|evaluate)\.py (.*?)(?:  +#.*)?$", README, re.MULTILINE)
+    assert len(commands) > 8
+    for script, arguments in commands:
+        (train.parse_args if script == "train" else evaluate_args)(arguments.split())
+
+
+def test_readme_is_short():
+    assert len(README.splitlines()) <= 150
