@@ -65,7 +65,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--lambda1", type=not_negative, default=0.2, help="weight of the noise regulariser; 0 leaves it out")
     flag("--lambda2", type=not_negative, default=0.3, help="weight of the mixed augmentations; 0 leaves them out")
     flag("--sigma-max", type=not_negative, default=0.2, help="largest noise level, on pixels in [0, 1]; of GN too")
-    flag("--beta", type=positive, default=1.0, help="w ~ Beta(beta, beta) mixes x with T_a(x)")
+    flag("--beta", type=utils.number(float, low=0.01), default=1.0, help="w ~ Beta(beta, beta) mixes x with T_a(x)")
     flag("--n", type=natural, default=5, help="samples of each regulariser")
     flag = parser.add_argument_group("AT and TRADES, Eq. (2) and (3)").add_argument
     flag("--epsilon", type=not_negative, default=8 / 255, help="l_inf radius, on pixels in [0, 1]")

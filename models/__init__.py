@@ -60,6 +60,8 @@ def match_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str,
             problems.append(f"{name} is no tensor")
         elif key not in expected:
             problems.append(f"{name} is unknown")
+        elif key in matched:
+            problems.append(f"{name} is there twice")
         elif value.shape != expected[key].shape:
             problems.append(f"{name} has shape {tuple(value.shape)}, not {tuple(expected[key].shape)}")
         elif not torch.isfinite(value).all():

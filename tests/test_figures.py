@@ -1,0 +1,141 @@
+"""figures.py: the bars and lines are the numbers, Figure 1 shows what augment made, what has no data is left out."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import augment
+import corruptions
+import figures
+import utils
+from data import CORRUPTIONS, load_dataset
+from evaluate import check_results
+from figures import MAGNMA, METHODS
+
+HPARAMS = {"epochs": 2, "n": 5, "lambda1": 0.2, "lambda2": 0.3, "sigma_max": 0.2, "beta": 1.0}
+
+
+def write_run(root: Path, accuracy: float, method="standard", tag="", seed=0, **hparams) -> None:
+    """A run of digits, ResNet-20: corruption k at severity j has the accuracy + k + j - 3, so mCA is accuracy + 8.5."""
+    folder = root / f"{method}-{tag}" / f"seed{seed}"
+    cell = {"accuracy": accuracy + 20, "rms_calibration_error": 3.0, "rms_calibration_error_adaptive": 3.0}
+    sets = {name: [cell | {"accuracy": accuracy + k + j} for j in range(-2, 3)] for k, name in enumerate(CORRUPTIONS)}
+    bins = [[0.0, 0.0, 0.0]] * 14 + [[40.0, 36.0, 30.0], [120.0, 118.0, 90.0 + seed]]
+    best = {"clean": cell, "corruptions": sets, "mca": accuracy + 8.5, "corrupt_rms_calibration_error": 5.0 + seed,
+            "corrupt_rms_calibration_error_adaptive": 9.0, "reliability": {"clean": bins, "corrupt": bins}}  # fmt: skip
+    run = {"dataset": "digits", "arch": "resnet20", "method": method, "tag": tag, "seed": seed, "limit": None,
+           "hparams": HPARAMS | hparams, "data_source": "embedded", "train_images": 1437, "test_images": 360,
+           "amp": "off", "corruption_source": "generated", "evaluation": {"amp": "off"}, "best": best}  # fmt: skip
+    check_results(run)
+    utils.write_json(folder / "results.json", run)
+    (folder / "log.csv").write_text("epoch,lr,train_loss,test_accuracy\n1,0.1,2.5,\n2,0.1,1.5,60\n")
+
+
+def draw(monkeypatch, *argv: str) -> dict:
+    """main's figures by name; nothing is written."""
+    kept = {}
+    monkeypatch.setattr(figures, "save", lambda figure, path, note: kept.update({path.stem: figure, "note": note}))
+    assert figures.main(list(argv)) == 0
+    return kept
+
+
+def heights(ax) -> list[float]:
+    return [patch.get_height() for patch in ax.patches]
+
+
+def test_published_numbers_are_the_bars_and_markers(monkeypatch):
+    kept, paper = draw(monkeypatch, "--source", "paper"), figures.published()
+    assert paper["cifar10", "resnet18", "augmix"]["mca"] == (89.70, 0.40)
+    assert sorted(kept) == [*(f"figure{k}" for k in range(1, 9)), "note"]
+    networks, columns = ("resnet18", "densenet121", "inceptionv3"), ("standard", "augmix", MAGNMA)
+    for k, d in enumerate(("cifar10", "cifar100")):
+        for name, metric in (("figure2", "mca"), ("figure3", "corrupt_rmse")):
+            ax = kept[name].axes[k]
+            assert heights(ax) == [paper[d, network, c][metric][0] for c in columns for network in networks]
+            assert ax.get_ylim()[0] == 0
+        (ax,) = kept[f"figure{5 + k}"].axes
+        assert heights(ax) == [paper[d, "resnet18", c][m][0] for m in ("clean", "mca") for c in METHODS]
+        for ax, group in zip(kept[f"figure{7 + k}"].axes, figures.CATEGORIES.values(), strict=True):
+            means = np.array([[paper[d, "resnet18", c][name][0] for name in group] for c in METHODS])
+            assert np.allclose([line.get_ydata() for line in ax.lines], np.column_stack([means, means.mean(1)]))
+    assert sorted(name for group in figures.CATEGORIES.values() for name in group) == sorted(CORRUPTIONS)
+
+
+def test_runs_are_drawn_and_panels_without_data_left_out(monkeypatch, tmp_path, capsys):
+    for seed in (0, 1):
+        write_run(tmp_path, 50 + 2 * seed, seed=seed)
+    write_run(tmp_path, 60, "magnma")
+    write_run(tmp_path, 55, "magnma", "noise", lambda2=0.0)
+    write_run(tmp_path, 56, "magnma", "mix", lambda1=0.0, lambda2=5.0)
+    write_run(tmp_path, 57, "magnma", "l1_0.1-l2_0-s_0.2-b_1", lambda1=0.1, lambda2=0.0)  # of Table 5
+    write_run(tmp_path, 58, "magnma", "n_1", n=1)
+    write_run(tmp_path, 40, "mixup")
+    kept = draw(monkeypatch, str(tmp_path), "--dataset", "digits", "--arch", "resnet20")
+    names = {*(f"figure{k}" for k in (1, 2, 3, 4, 5, 7)), "reliability_digits", "training_digits_resnet20"}
+    assert set(kept) == names | {"note"}
+    assert "figure6 is not drawn: no runs" in capsys.readouterr().out
+    (ax,) = kept["figure2"].axes  # no panel for CIFAR-100, no group for the other networks
+    assert (ax.get_title(), [text.get_text() for text in ax.get_xticklabels()]) == ("digits-C", ["ResNet-20"])
+    assert ax.get_legend_handles_labels()[1] == ["Standard", "MAGNMA", "MAGNMA n_1", "mixup"]
+    assert np.allclose(heights(ax), [59.5, 68.5, 66.5, 48.5])
+    assert np.allclose(ax.collections[0].get_segments()[0][:, 1], [58.5, 60.5])  # the deviation of two seeds, by n
+    assert np.allclose(heights(kept["figure3"].axes[0]), [5.5, 5, 5, 5])
+    (ax,) = kept["figure5"].axes
+    columns = ["Standard", "MAGNMA\nnoise", "MAGNMA\nmix", "MAGNMA", "MAGNMA\nn_1", "mixup"]
+    assert [text.get_text() for text in ax.get_xticklabels()] == columns
+    assert np.allclose(heights(ax)[:6], [71, 75, 76, 80, 78, 60])
+    axes = kept["reliability_digits"].axes
+    assert np.allclose(axes[1].lines[1].get_xydata(), [[36 / 40, 30 / 40], [118 / 120, 181 / 240]])  # both seeds' bins
+    assert np.allclose(axes[3].lines[0].get_ydata(), [25, 75])
+    loss, test = kept["training_digits_resnet20"].axes
+    assert len(loss.lines) == len(test.lines) == 8
+    assert loss.lines[0].get_xydata().tolist() == [[1, 2.5], [2, 1.5]]
+    assert test.lines[0].get_xydata().tolist() == [[2, 60]]
+    assert "generated corruptions, ResNet-20, 2 epochs, seeds 0, 1: Standard\n" in kept["note"]
+
+
+def test_figure_1_shows_what_augment_made_and_figure_4_the_corruptions(monkeypatch):
+    u8 = load_dataset("digits", "").train_images[[figures.DIGIT]]
+    (ax,) = figures.branches(u8).axes
+    x, texts = (u8 / 255).repeat(5, 1, 1, 1), [text.get_text() for text in ax.texts]
+    utils.seed(figures.NOISE_SEED)
+    sigma = 0.2 * torch.rand(5, 1, 1, 1)
+    noisy = (x + sigma * torch.randn(x.shape)).clamp(0, 1)
+    utils.seed(figures.MIX_SEED)
+    a, v, w = augment.draw_mixed(5, 1.0)
+    mixed = x + (1 - w.view(-1, 1, 1, 1)) * (augment.operate(u8.repeat(5, 1, 1, 1), a, v) / 255 - x)
+    shown = np.stack([image.get_array() for image in ax.images])
+    assert np.allclose(shown, torch.cat([x[:1], noisy, mixed]).permute(0, 2, 3, 1), atol=1e-6)
+    assert [text for text in texts if text.startswith(r"$\sigma")] == [f"$\\sigma$ = {s:.2f}" for s in sigma.flatten()]
+    draws = zip([augment.A[i] for i in a], v, w, strict=True)
+    captions = [(n, "no level" if n in ("autocontrast", "equalize") else f"level {v:.1f}", f"$w$ = {w:.2f}")
+                for n, v, w in draws]  # fmt: skip
+    assert [text for text in texts if "$w$" in text] == ["\n".join(caption) for caption in captions]
+
+    def missing():
+        raise ValueError("no photographs")
+
+    monkeypatch.setattr(corruptions, "frost_photographs", missing)
+    axes = figures.gallery(u8).axes
+    assert [ax.get_title() for ax in axes] == ["Clean", *(figures.label(c) for c in CORRUPTIONS if c != "frost")]
+    image = corruptions.corrupt(u8.permute(0, 2, 3, 1).numpy(), "zoom_blur", 5, seed=0)[0]
+    assert np.array_equal(axes[-1].images[0].get_array(), image)
+
+
+def test_files_and_errors(tmp_path, capsys):
+    write_run(tmp_path / "runs", 50)
+    (tmp_path / "runs/results.json").write_text("{")
+    out = tmp_path / "out"
+    assert figures.main([str(tmp_path / "runs"), "--dataset", "digits", "--arch", "resnet20", "--out", str(out)]) == 1
+    printed = capsys.readouterr()
+    assert "runs/results.json is left out" in printed.err  # damaged; the rest is drawn
+    files = sorted(out.iterdir())
+    assert [line for line in printed.out.splitlines() if line.startswith(str(out))] == list(map(str, files))
+    assert len(files) == 8
+    assert all(np.asarray(Image.open(file).convert("L")).std() > 10 for file in files)
+    for wrong in ([], ["runs", "--source", "paper"], [str(out)]):
+        with pytest.raises((ValueError, OSError)):
+            figures.main(wrong)
