@@ -32,6 +32,8 @@ FIFTEEN = (  # over which AugMix and RobustBench report their mean
     "frost", "fog", "brightness", "contrast", "elastic_transform", "pixelate", "jpeg_compression",
 )  # fmt: skip
 NOT_HPARAMS = ("dataset", "arch", "method", "seed", "tag", "amp", "data_source", "train_images")  # stand beside them
+FORM = {"dataset": str, "arch": str, "method": str | None, "tag": str | None, "seed": int | None, "hparams": dict,
+        "data_source": str, "corruption_source": str, "test_images": int, "evaluation": dict}  # of results.json
 WHERE_IT_RAN = ("data", "device", "compile", "recompute", "out", "resume")  # hparams that do not make another run
 
 
@@ -234,12 +236,10 @@ def read_results(root: str | Path) -> tuple[dict[Path, dict], list[str]]:
 def check_results(content: dict) -> None:
     """Raise ValueError unless `content` has the form that this script writes, with percentages that fit each other."""
     try:
-        for key in ("dataset", "arch", "data_source", "corruption_source"):
-            if not isinstance(content[key], str):
-                raise ValueError(f"{key} is no text")
-        if not isinstance(content["hparams"], dict) or not isinstance(content["test_images"], int):
-            raise ValueError("hparams or test_images is of another type")
-        {key: content[key] for key in ("method", "tag", "seed", "train_images", "limit", "amp", "evaluation")}
+        for key, kind in FORM.items():
+            if not isinstance(content[key], kind):
+                raise ValueError(f"its {key} is of another type")
+        {key: content[key] for key in ("train_images", "limit", "amp")}
         entries = [content[which] for which in ("best", "last", "foreign") if content.get(which) is not None]
         if not entries:
             raise ValueError("it holds no evaluation")
@@ -247,8 +247,9 @@ def check_results(content: dict) -> None:
             sets = {name: e["corruptions"][name] for name in CORRUPTIONS} | e["corruptions"]
             cells = [e["clean"], *(cell for cells in sets.values() for cell in cells)]
             pooled = [e[f"corrupt_rms_calibration_error{kind}"] for kind in ("", "_adaptive")]
-            values = np.array([[cell[key] for key in scores(np.ones(1), np.ones(1))] for cell in cells], dtype=float)
-            if not ((values >= 0) & (values <= 100)).all() or not all(0 <= v <= 100 for v in pooled):
+            names = scores(np.ones(1), np.ones(1))
+            values = [e["mca"], *pooled, *(cell[name] for cell in cells for name in names)]
+            if not all(0 <= value <= 100 for value in values):  # NaN fails, and text
                 raise ValueError("a number is no percentage")
             if any(len(cells) != len(SEVERITIES) for cells in sets.values()):
                 raise ValueError("a corruption has not 5 severities")
@@ -274,10 +275,11 @@ def group_runs(runs: dict[Path, dict]) -> list[Group]:
     """Sort runs into groups; runs of different data, precision or hyperparameters are never in one."""
     groups: dict[str, Group] = {}
     for path, content in runs.items():
-        keys = ("dataset", "arch", "method", "data_source", "corruption_source", "train_images", "test_images", "amp")
+        keys = ("dataset", "arch", "method", "tag", "data_source", "corruption_source", "train_images", "test_images",
+                "amp")  # fmt: skip
         shared = {key: content[key] for key in keys} | {"evaluation_amp": content["evaluation"].get("amp")}
         shared["hparams"] = {k: v for k, v in content["hparams"].items() if k not in WHERE_IT_RAN}
-        group = groups.setdefault(json.dumps(shared, sort_keys=True), Group(shared | {"tag": content["tag"]}, {}, []))
+        group = groups.setdefault(json.dumps(shared, sort_keys=True), Group(shared, {}, []))
         if content["seed"] in group.seeds:
             group.left_out.append(path)
         else:
@@ -328,7 +330,7 @@ def main(argv: list[str] | None = None) -> None:
         paths = {which: folder / f"{which}.pt" for which in saved}
     else:
         saved = {"foreign": utils.load_checkpoint(args.checkpoint)}
-        config = {"dataset": args.dataset, "arch": args.arch}
+        config = {key: vars(args)[key] for key in ("dataset", "arch", "checkpoint", "mean", "std")}
         out, trained, paths = Path(f"{args.checkpoint}.results.json"), 0.0, {"foreign": Path(args.checkpoint)}
     dataset = load_dataset(config["dataset"], args.data)
     if args.limit is not None and args.limit > len(dataset.test_images):
