@@ -1,225 +1,357 @@
-"""Figures 2-8 of the paper and a reliability diagram, from the same numbers as the tables; reached by `tables.py`.
+"""Figures 1-8 of the paper, reliability diagrams and training curves, as PNG files.
 
-    python tables.py runs/ --figures figures/                   # from our runs
-    python tables.py --source paper --figures figures/          # from the published numbers
+    python figures.py runs/                                     # what the runs below runs/ give, into figures/
+    python figures.py runs/ --dataset digits --arch resnet20    # smaller runs in the place of CIFAR-10, ResNet-18
+    python figures.py --source paper --out published/           # Figures 2, 3, 5-8 from the published numbers
 
-PNG and PDF. Colours are those of Okabe and Ito, which colour-blind people can tell apart, and every method has a
-hatch and a marker of its own besides, for print in grey. What was never run leaves a gap that says so.
+Figures 1 and 4 need no run: they show a digit, and what augment.py and corruptions.py make of it. Colours are Okabe
+and Ito's, which colour-blind people can tell apart; hatches and markers are for print in grey.
 """
 
+import csv
+import itertools
+import math
+import sys
 import textwrap
-from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
+import torch
 from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
+from torch import Tensor
 
-import corruptions
-import runs
-from claims import ARCHS, BASELINES, MAGNMA, MIX, NOISE, SETS
-from collect import Cell, Key
+import augment
+import utils
+from corruptions import corrupt
 from data import CORRUPTIONS, load_dataset
+from evaluate import Group, group_runs, read_results
 
-METHODS = (*BASELINES, NOISE, MIX, MAGNMA)
-THREE = ("standard", "augmix", MAGNMA)
+PAPER = utils.read_json(Path(__file__).resolve().parent / "paper" / "tables.json")
+NAMES = PAPER["names"] | {"magnma": "MAGNMA"}
+NOISE, MIX, MAGNMA = "magnma 0.2 0 0.2 1", "magnma 0 5 0.2 1", "magnma 0.2 0.3 0.2 1"  # as PAPER has them
+METHODS = {  # the paper's columns: colour, hatch, marker
+    "standard": ("#999999", "", "o"), "at": ("#F0E442", "//", "v"), "trades": ("#E69F00", "\\\\", "^"),
+    "rse": ("#CC79A7", "..", "<"), "gn": ("#56B4E9", "xx", ">"), "augmix": ("#0072B2", "//", "s"),
+    NOISE: ("#009E73", "||", "P"), MIX: ("#000000", "", "X"), MAGNMA: ("#D55E00", "", "D"),
+}  # fmt: skip
+OTHERS = [("C4", "", "p"), ("C3", "--", "h"), ("C5", "", "*"), ("C8", "++", "d"), ("C2", "", "8"), ("C9", "oo", "H")]
+METRICS = {"clean": ("#FFFFFF", "//", "o"), "mca": ("#0072B2", "", "s")}
 CATEGORIES = {  # as the benchmark's authors sort them
     "noise": ("impulse_noise", "shot_noise", "speckle_noise"),
     "blur": ("defocus_blur", "gaussian_blur", "glass_blur", "motion_blur", "zoom_blur"),
     "weather": ("brightness", "fog", "frost", "snow", "spatter"),
     "digital": ("contrast", "elastic_transform", "jpeg_compression", "pixelate", "saturate"),
 }
-STYLES = {  # column or metric: colour, hatch, marker
-    "standard": ("#999999", "", "o"),
-    "at": ("#F0E442", "//", "v"),
-    "trades": ("#E69F00", "\\\\", "^"),
-    "rse": ("#CC79A7", "..", "<"),
-    "gn": ("#56B4E9", "xx", ">"),
-    "augmix": ("#0072B2", "//", "s"),
-    NOISE: ("#009E73", "||", "P"),
-    MIX: ("#000000", "", "X"),
-    MAGNMA: ("#D55E00", "", "D"),
-    "clean": ("#FFFFFF", "//", "o"),
-    "mca": ("#0072B2", "", "s"),
-}
-STYLE = {"font.size": 8, "pdf.fonttype": 42, "hatch.linewidth": 0.4, "axes.linewidth": 0.6, "axes.axisbelow": True,
-         "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "magnma"}  # fmt: skip
-SEVERITY = 5  # of Figure 4; the mild ones are hard to see in print
+LOOK = {
+    "font.size": 8, "axes.titlesize": 9, "mathtext.fontset": "cm", "hatch.linewidth": 0.4,
+    "axes.linewidth": 0.6, "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.grid": True, "grid.linewidth": 0.3, "grid.color": "#CCCCCC", "lines.linewidth": 1, "legend.frameon": False,
+    "legend.columnspacing": 1, "legend.handletextpad": 0.4, "legend.handlelength": 1.5,
+}  # fmt: skip
+MARKER = {"markersize": 4, "markeredgecolor": "black", "markeredgewidth": 0.4}
+TABLE5 = {row.split("/")[2] for row in PAPER["tables"]["5"]}
+N, SIGMA_MAX, BETA = 5, 0.2, 1.0  # of Figure 1, as in the paper
+DIGIT, NOISE_SEED, MIX_SEED = 974, 21755, 14922  # such that much is seen: weak to strong noise, all of A
+SEVERITY = 5  # of Figure 4
+LOG = ("epoch", "train_loss", "test_accuracy")  # what is drawn of log.csv
+
+Key = tuple[str, str, str]  # data set, network, column
+Cells = dict[str, tuple[float, float | None]]  # metric -> mean and deviation over seeds, percent
+Styles = dict[str, tuple[str, str, str]]
 
 
-def bars(ax: Axes, groups: list[str], series: dict[str, list[Cell | None]], names: dict[str, str]) -> None:
-    """Grouped bars from zero with deviations and values; series: a key of STYLES -> a cell per group, None: not run."""
-    width = 0.84 / len(series)
-    top = max([cell.mean + (cell.deviation or 0) for cells in series.values() for cell in cells if cell] or [100])
-    for i, (key, cells) in enumerate(series.items()):
-        colour, hatch, _ = STYLES[key]
-        x = np.arange(len(groups)) + (i - (len(series) - 1) / 2) * width
-        heights = [cell.mean if cell else 0 for cell in cells]
-        errors = [cell.deviation if cell and cell.deviation else np.nan for cell in cells]  # nan: no bar
-        ax.bar(x, heights, width, color=colour, hatch=hatch, edgecolor="black", linewidth=0.5, label=names[key],
-               yerr=errors, error_kw={"elinewidth": 0.7, "capsize": 1.5, "capthick": 0.7})  # fmt: skip
-        for at, cell, height, error in zip(x, cells, heights, errors, strict=True):
-            text = f"{cell.mean:.1f}" if cell else "not run"
-            ax.text(at, height + np.nan_to_num(error) + 0.015 * top, text, ha="center", va="bottom", fontsize=6,
-                    rotation=0 if cell else 90, color="black" if cell else "#555555",
-                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.3})  # fmt: skip
-    ax.set_xticks(np.arange(len(groups)), groups)
-    ax.tick_params(axis="x", length=0)
-    ax.set_ylim(0, 1.12 * top)
-    ax.grid(axis="y", linewidth=0.3, color="#CCCCCC")
+def label(key: str) -> str:
+    """The paper's name of a data set, network, corruption, metric or column (`method tag`), or the key itself."""
+    method, _, tag = key.partition(" ")
+    return NAMES.get(key) or f"{NAMES.get(method, method)} {tag}".strip()
 
 
-def by_architecture(cells: dict[Key, Cell], names: dict[str, str], metric: str, label: str) -> Figure:
-    """Figure 2 (metric mca) or 3 (corrupt_rmse): Standard, AugMix and MAGNMA, a panel for each data set."""
-    figure = Figure(figsize=(7.2, 2.8), layout="constrained")
-    for ax, dataset in zip(figure.subplots(1, 2), SETS, strict=True):
-        series = {column: [cells.get((dataset, arch, column, metric)) for arch in ARCHS] for column in THREE}
-        bars(ax, [names[arch] for arch in ARCHS], series, names)
-        ax.set_title(f"{names[dataset]}-C", fontsize=9)
-        ax.set_ylabel(label)
-    figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
+def published() -> dict[Key, Cells]:
+    """The numbers of the paper's Tables 1-4."""
+    numbers: dict[Key, Cells] = {}
+    for row, cells in itertools.chain(*(PAPER["tables"][table].items() for table in "1234")):
+        dataset, arch, metric = row.split("/")
+        for column, cell in cells.items():
+            numbers.setdefault((dataset, arch, column), {})[metric] = tuple(cell)
+    return numbers
+
+
+def column_of(run: dict) -> str:
+    """The column of a results.json: MAGNMA's setting where it is one of the paper's, else the method and its tag."""
+    method, tag, h = run["method"], run["tag"], run["hparams"]
+    setting = " ".join(f"{h.get(key) or 0:g}" for key in ("lambda1", "lambda2", "sigma_max", "beta"))
+    if method == "magnma" and f"magnma {setting}" in TABLE5 and h.get("n") == 5 and not h.get("joint"):
+        return f"magnma {setting}"
+    return f"{method} {tag}" if tag else f"magnma {setting}, n {h.get('n')}" if method == "magnma" else str(method)
+
+
+def summarise(group: Group) -> Cells:
+    """best.pt's numbers: means over seeds, and the population's deviation where there are several."""
+    rows = []
+    for e in (run["best"] for run in group.seeds.values()):
+        row = {"clean": e["clean"]["accuracy"], "mca": e["mca"], "corrupt_rmse": e["corrupt_rms_calibration_error"]}
+        rows.append(row | {m: np.mean([cell["accuracy"] for cell in e["corruptions"][m]]) for m in CORRUPTIONS})
+    columns = {metric: [row[metric] for row in rows] for metric in rows[0]}
+    return {m: (float(np.mean(v)), float(np.std(v)) if len(v) > 1 else None) for m, v in columns.items()}
+
+
+def footer(groups: dict[Key, Group]) -> str:
+    """What was really run: a line for all columns that share data, corruptions, network, epochs and seeds."""
+    lines: dict[str, list[str]] = {}
+    for (dataset, arch, column), g in groups.items():
+        s = g.shared
+        data = f"{label(dataset)} ({s['data_source']}, {s['train_images']} training and {s['test_images']} test images)"
+        how = f"{s['hparams'].get('epochs')} epochs, seeds {', '.join(map(str, g.seeds))}"
+        line = f"{data}, {s['corruption_source']} corruptions, {label(arch)}, {how}"
+        lines.setdefault(line, []).append(label(column))
+    return "\n".join(f"{line}: {', '.join(columns)}" for line, columns in lines.items())
+
+
+def columns_of(keys: dict[Key, object]) -> Styles:
+    """The columns in the paper's order, then others by name, each with its colour, hatch and marker."""
+    there = {column for _, _, column in keys}
+    others = zip(sorted(there - set(METHODS)), itertools.cycle(OTHERS), strict=False)
+    return {column: style for column, style in METHODS.items() if column in there} | dict(others)
+
+
+def by_network(numbers: dict[Key, Cells], metric: str, ylabel: str) -> Figure:
+    """Figure 2 (metric mca) or 3 (corrupt_rmse): bars by network, a panel for each data set."""
+    panels, columns = {}, columns_of(numbers)
+    for dataset in dict.fromkeys(dataset for dataset, _, _ in numbers):
+        here = {key: cells[metric] for key, cells in numbers.items() if key[0] == dataset}
+        arches = list(dict.fromkeys(arch for _, arch, _ in here))
+        series = {c: [here.get((dataset, a, c)) for a in arches] for c in columns_of(here)}
+        panels[f"{label(dataset)}-C"] = arches, series
+    return bars(panels, columns, ylabel, 3.2)
+
+
+def by_method(numbers: dict[Key, Cells]) -> Figure:
+    """Figure 5 or 6: clean accuracy and mCA of each method, on one data set and network."""
+    (dataset, arch, _), columns = next(iter(numbers)), list(columns_of(numbers))
+    series = {metric: [numbers[dataset, arch, column][metric] for column in columns] for metric in METRICS}
+    title = f"{label(dataset)} and {label(dataset)}-C, {label(arch)}"
+    return bars({title: (columns, series)}, METRICS, "accuracy (%)", max(3.5, 0.75 * len(columns)))
+
+
+def bars(panels: dict[str, tuple], styles: Styles, ylabel: str, width: float) -> Figure:
+    """Grouped bars from zero. Panels, `width` inches or more: groups, and {key: (mean, deviation) or None a group}."""
+    width = max(width, *(0.27 * len(groups) * len(series) for groups, series in panels.values()))
+    figure = Figure(figsize=(max(4.8, 0.6 + width * len(panels)), 2.9), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for ax, (title, (groups, series)) in zip(axes, panels.items(), strict=True):
+        step = 0.84 / len(series)
+        for i, (key, cells) in enumerate(series.items()):
+            there = [(k + (i - (len(series) - 1) / 2) * step, *cell) for k, cell in enumerate(cells) if cell]
+            x, means, deviations = np.array(there, dtype=float).T  # no deviation: nan, and no error bar
+            ax.bar(x, means, step, color=styles[key][0], hatch=styles[key][1], edgecolor="black", linewidth=0.5,
+                   label=label(key), yerr=deviations, error_kw={"elinewidth": 0.7, "capsize": 1.5})  # fmt: skip
+            for at, mean, top in zip(x, means, means + np.nan_to_num(deviations), strict=True):
+                ax.annotate(f"{mean:.1f}", (at, top), (0, 1.5), textcoords="offset points", ha="center", fontsize=6)
+        ax.set_xticks(range(len(groups)), [label(group).replace(" ", "\n") for group in groups])
+        ax.tick_params(axis="x", length=0)
+        ax.grid(visible=False, axis="x")
+        ax.margins(y=0.1)
+        ax.set(title=title, ylabel=ylabel, ylim=(0, None))
     return figure
 
 
-def by_method(cells: dict[Key, Cell], names: dict[str, str], dataset: str) -> Figure:
-    """Figure 5 (CIFAR-10) or 6 (CIFAR-100): clean accuracy and mCA of nine methods on ResNet-18."""
-    figure = Figure(figsize=(7.2, 2.8), layout="constrained")
-    ax = figure.subplots()
-    series = {m: [cells.get((dataset, "resnet18", column, m)) for column in METHODS] for m in ("clean", "mca")}
-    bars(ax, [names[column].replace(" ", "\n") for column in METHODS], series, names)
-    ax.set_title(f"{names[dataset]} and {names[dataset]}-C, {names['resnet18']}", fontsize=9)
-    ax.set_ylabel("accuracy (%)")
-    figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
-    return figure
-
-
-def profile(cells: dict[Key, Cell], names: dict[str, str], dataset: str) -> Figure:
-    """Figure 7 (CIFAR-10-C) or 8 (CIFAR-100-C): accuracy by corruption, by category, and each category's mean."""
-    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+def profile(numbers: dict[Key, Cells]) -> Figure:
+    """Figure 7 or 8: accuracy by corruption and each category's mean, on one data set and network."""
+    (dataset, arch, _), columns = next(iter(numbers)), columns_of(numbers)
+    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
     axes = figure.subplots(1, 4, sharey=True, width_ratios=[len(group) + 1 for group in CATEGORIES.values()])
-    shown = [column for column in METHODS if (dataset, "resnet18", column, "mca") in cells]
-    step = 0.76 / max(len(shown), 4)  # markers of a corruption stand side by side
     for ax, (category, group) in zip(axes, CATEGORIES.items(), strict=True):
-        for i, column in enumerate(shown):
-            means = [cells[dataset, "resnet18", column, name].mean for name in group]
-            x = np.arange(len(group) + 1) + (i - (len(shown) - 1) / 2) * step
-            (colour, _, marker), (size, above) = STYLES[column], (5, 2) if column in THREE else (3.5, 3)
-            ax.plot(x, [*means, np.mean(means)], marker, color=colour, markeredgecolor="black", markeredgewidth=0.4,
-                    markersize=size, zorder=above, label=names[column])  # fmt: skip
-        if not ax.lines:
-            ax.text(0.5, 0.5, "not run", ha="center", va="center", transform=ax.transAxes, color="#555555")
+        for i, (column, (colour, _, marker)) in enumerate(columns.items()):
+            means = [numbers[dataset, arch, column][name][0] for name in group]
+            x = np.arange(len(group) + 1) + (i - (len(columns) - 1) / 2) * 0.76 / max(len(columns), 4)  # side by side
+            ax.plot(x, [*means, np.mean(means)], marker, color=colour, label=label(column), **MARKER)
         ax.axvspan(len(group) - 0.5, len(group) + 0.6, color="#EEEEEE", zorder=0)
-        ax.set_xlim(-0.6, len(group) + 0.6)
-        ax.set_xticks(range(len(group) + 1), [*(names[name] for name in group), "mean"], rotation=60, ha="right",
-                      rotation_mode="anchor")  # fmt: skip
-        ax.set_title(category, fontsize=9)
-        ax.grid(linewidth=0.3, color="#CCCCCC")
-    axes[0].set_ylabel(f"{names[dataset]}-C, {names['resnet18']}\naccuracy (%)")
-    if not shown:
-        axes[0].set_ylim(0, 100)
-    else:
-        missing = [names[column] for column in METHODS if column not in shown]
-        title = f"not run: {', '.join(missing)}" if missing else None
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=9, frameon=False,
-                      fontsize=7, handletextpad=0.1, columnspacing=0.8, title=title, title_fontsize=7)  # fmt: skip
+        names = [*map(label, group), "mean"]
+        ax.set_xticks(range(len(names)), names, rotation=60, ha="right", rotation_mode="anchor")
+        ax.set(xlim=(-0.6, len(group) + 0.6), title=category)
+    axes[0].set_ylabel(f"{label(dataset)}-C, {label(arch)}\naccuracy (%)")
     return figure
 
 
-def reliability(bins: dict[tuple, dict[str, list[list[float]]]], names: dict[str, str]) -> Figure:
-    """Accuracy over mean confidence in 15 equal-width bins, and how many predictions each holds; clean and corrupt."""
-    figure = Figure(figsize=(7.2, 4.0), layout="constrained")
-    axes = figure.subplots(2, 2, sharex=True, height_ratios=[3, 1])
-    for (ax, share), kind in zip(axes.T, ("clean", "corrupt"), strict=True):
-        ax.plot([0, 1], [0, 1], ":", color="black", linewidth=0.8)
-        for column in THREE:
-            if ("cifar10", "resnet18", column) not in bins:
-                ax.plot([], [], " ", label=f"{names[column]}: not run")
-                continue
-            count, confidence, correct = np.array(bins["cifar10", "resnet18", column][kind]).T
-            colour, _, marker = STYLES[column]
-            full = count > 0
-            looks = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1, "markeredgecolor": "black",
-                     "markeredgewidth": 0.4}  # fmt: skip
-            ax.plot(confidence[full] / count[full], correct[full] / count[full], label=names[column], **looks)
-            share.plot((np.arange(15) + 0.5)[full] / 15, 100 * count[full] / count.sum(), **looks)
-        ax.set_title(f"{names['cifar10']}{'' if kind == 'clean' else '-C'}, {names['resnet18']}", fontsize=9)
-        ax.legend(frameon=False, fontsize=7, loc="upper left")
-        ax.set_xlim(0, 1.02)
-        ax.set_ylim(0, 1.02)
-        share.set_yscale("log")
-        share.set_ylim(0.005, 150)
-        share.set_xlabel("confidence")
-    axes[0, 0].set_ylabel("accuracy")
-    axes[1, 0].set_ylabel("predictions (%)")
+def reliability(groups: dict[Key, Group]) -> Figure:
+    """Accuracy over mean confidence in each calibration bin, and the share of predictions in it, all seeds together."""
+    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    for (ax, share), kind in zip(figure.subplots(2, 2, height_ratios=[3, 1]).T, ("clean", "corrupt"), strict=True):
+        ax.plot([0, 1], [0, 1], ":", color="black")
+        for (dataset, arch, column), group in groups.items():
+            bins = np.sum([run["best"]["reliability"][kind] for run in group.seeds.values()], axis=0)
+            count, confidence, correct = bins[bins[:, 0] > 0].T
+            colour, _, marker = columns_of(groups)[column]
+            ax.plot(confidence / count, correct / count, f"{marker}-", color=colour, label=label(column), **MARKER)
+            share.plot(confidence / count, 100 * count / count.sum(), f"{marker}-", color=colour, **MARKER)
+            ax.set_title(f"{label(dataset)}{'-C' * (kind == 'corrupt')}, {label(arch)}")
+        ax.set(xlim=(0, 1.02), ylim=(0, 1.02), ylabel="accuracy")
+        share.set(xlim=(0, 1.02), yscale="log", ylim=(0.005, 150), xlabel="confidence", ylabel="predictions (%)")
+        share.set_yticks((0.01, 1, 100), ("0.01", "1", "100"))
     return figure
 
 
-def load_picture(dataset: str, root: str) -> tuple[str, dict[str, np.ndarray | None]]:
-    """(title, image uint8 (32, 32, 3) by name: `clean` and the 18 corruptions) of the first test image; Figure 4.
+def training(logs: dict[Key, list[dict[str, np.ndarray]]]) -> Figure:
+    """Training loss, and clean test accuracy where tested, by epoch: a line a run, on one data set and network."""
+    figure = Figure(figsize=(7.2, 3.0), layout="constrained")
+    for ax, metric in zip(figure.subplots(1, 2), LOG[1:], strict=True):
+        for (dataset, arch, column), log in ((key, log) for key, several in logs.items() for log in several):
+            colour, _, marker = columns_of(logs)[column]
+            there, style = ~np.isnan(log[metric]), f"{marker}-" if metric == "test_accuracy" else "-"
+            ax.plot(log["epoch"][there], log[metric][there], style, color=colour, label=label(column), markersize=3)
+            ax.set_title(f"{label(dataset)}, {label(arch)}")
+        ax.set(xlabel="epoch", ylabel="training loss" if metric == "train_loss" else "test accuracy (%)")
+    return figure
 
-    A corruption that cannot be made here (frost without its photographs) is None.
+
+def branches(u8: Tensor) -> Figure:
+    """Figure 1: an image, uint8 (1, 3, 32, 32), and N noisy and N mixed copies of it, as Algorithm 1 makes them.
+
+    augment's own functions make the copies; what they drew is drawn once more from the same seed.
     """
-    loaded = load_dataset(dataset, root)
-    image = loaded.test_images[:1].permute(0, 2, 3, 1).contiguous().numpy()
-    pictures: dict[str, np.ndarray | None] = {"clean": image[0]}
+    x = u8.expand(N, -1, -1, -1) / 255
+    utils.seed(NOISE_SEED)
+    noisy = augment.gaussian_noise(x, SIGMA_MAX)
+    utils.seed(NOISE_SEED)
+    sigma = SIGMA_MAX * torch.rand(N, 1, 1, 1).flatten()
+    utils.seed(MIX_SEED)
+    mixed = augment.mixed_augmentation(x, BETA)
+    utils.seed(MIX_SEED)
+    a, v, w = augment.draw_mixed(N, BETA)
+    mixes = []
+    for name, level, weight in zip([augment.A[i] for i in a], v, w, strict=True):
+        level = f"level {level:.1f}" if name in ("posterize", "solarize") else "no level"
+        mixes.append(f"{name}\n{level}\n$w$ = {weight:.2f}")
+
+    figure = Figure(figsize=(8, 4.05))
+    ax = figure.add_axes((0, 0, 1, 1), xlim=(0, 8), ylim=(0, 4.05))  # in inches
+    ax.set_axis_off()
+
+    def show(image: Tensor, left: float, bottom: float, side: float, caption: str) -> None:
+        ax.imshow(image.clamp(0, 1).permute(1, 2, 0).numpy(), extent=(left, left + side, bottom, bottom + side))
+        ax.text(left + side / 2, bottom - 0.18 - 0.16 * caption.count("\n"), caption, ha="center", fontsize=9)
+
+    show(x[0], 0.2, 1.55, 1.25, "clean image $x$")
+    noise = r"$x + \delta,\ \ \delta \sim N(0, \sigma^2 I),\ \ \sigma \sim U(0, 0.2)$"
+    mixture = r"$w\,x + (1 - w)\,T_a(x),\ \ a \sim U(A),\ \ w \sim \mathrm{Beta}(1, 1)$"
+    for name, images, captions, formula, bottom, top, start, face, edge in (
+        ("noisy", noisy, [rf"$\sigma$ = {s:.2f}" for s in sigma], noise, 2.25, 3.97, 2.25, "#FDF0E6", "#D55E00"),
+        ("mixed", mixed, mixes, mixture, 0.08, 2.13, 2.1, "#E8F2F9", "#0072B2"),
+    ):
+        ax.add_patch(FancyBboxPatch((1.95, bottom), 5.97, top - bottom, "round,pad=0,rounding_size=0.1",
+                                    facecolor=face, edgecolor=edge, zorder=-1))  # fmt: skip
+        ax.text(2.1, top - 0.2, f"{N} {name} copies", color=edge, weight="bold", fontsize=10, va="center")
+        ax.text(7.77, top - 0.2, formula, fontsize=10, va="center", ha="right")
+        arrow = {"arrowstyle": "-|>", "color": edge, "linewidth": 1.5}
+        ax.annotate("", (1.93, (bottom + top) / 2), (1.5, start), arrowprops=arrow)
+        for k in range(N):
+            show(images[k], 2.1 + 1.155 * k, top - 1.43, 1.05, captions[k])
+    return figure
+
+
+def gallery(u8: Tensor) -> Figure:
+    """Figure 4: an image, uint8 (1, 3, 32, 32), and beside it its corruptions; frost where its photographs are."""
+    pictures = {"clean": u8.permute(0, 2, 3, 1).numpy()}
     for name in CORRUPTIONS:
         try:
-            pictures[name] = corruptions.corrupt(image, name, SEVERITY, seed=0)[0]
-        except ValueError:
-            pictures[name] = None
-    kind = loaded.classes[loaded.test_labels[0]]
-    return f"The first test image of {dataset} (class {kind}) and its corruptions at severity {SEVERITY}", pictures
-
-
-def gallery(title: str, pictures: dict[str, np.ndarray | None], names: dict[str, str]) -> Figure:
-    """Figure 4: a test image and its 18 corruptions."""
-    figure = Figure(figsize=(7.2, 2.5), layout="constrained")
-    figure.suptitle(title, fontsize=9)
-    axes = figure.subplots(2, 10).ravel()
-    for ax in axes:
+            pictures[name] = corrupt(pictures["clean"], name, SEVERITY, seed=0)
+        except ValueError as error:
+            print(f"figure4 is without {name}: {error}")
+    figure = Figure(figsize=(8, 3.7), layout="constrained")
+    grid = figure.add_gridspec(3, 8)
+    places = [grid[:, :2], *(grid[row, column] for row in range(3) for column in range(2, 8))]
+    for place, (name, images) in zip(places, pictures.items(), strict=False):
+        ax = figure.add_subplot(place)
+        ax.imshow(images[0])
+        ax.set_title(label(name), fontsize=7.5)
         ax.set_axis_off()
-    for ax, (name, image) in zip(axes, pictures.items(), strict=False):
-        ax.set_title(names[name].replace(" ", "\n"), fontsize=7)
-        if image is None:
-            ax.text(0.5, 0.5, "photographs\nmissing", ha="center", va="center", fontsize=6)
-        else:
-            ax.imshow(image, interpolation="nearest")
     return figure
 
 
-def draw_all(
-    folder: Path,
-    cells: dict[Key, Cell],
-    bins: dict[tuple, dict[str, list[list[float]]]] | None,
-    picture: tuple[str, dict[str, np.ndarray | None]],
-    names: dict[str, str],
-    source: str,
-) -> list[Path]:
-    """Draw every figure into `folder` as PNG and PDF, with `source` below each; the paths written.
+def save(figure: Figure, path: Path, note: str) -> None:
+    """Write a figure; one with labels has its legend above and the note below."""
+    entries = {text: line for ax in figure.axes for line, text in zip(*ax.get_legend_handles_labels(), strict=True)}
+    if entries:
+        width = figure.get_figwidth()
+        inches, rows = [0.34 + 0.062 * len(text) for text in entries], 1
+        while rows < len(inches) and sum(max(inches[k : k + rows]) for k in range(0, len(inches), rows)) > width:
+            rows += 1
+        columns = math.ceil(len(inches) / rows)
+        figure.legend(entries.values(), entries, loc="outside upper center", ncols=columns)
+        lines = [part for line in note.split("\n") for part in textwrap.wrap(line, int(21 * width))]
+        figure.supxlabel("\n".join(lines), fontsize=6, color="#555555")
+    with utils.atomic_write(path) as file:
+        figure.savefig(file, format=path.suffix[1:], dpi=200)
+    print(path)
 
-    `bins` holds the reliability diagram's 15 bins by (dataset, arch, column); None: no such figure.
-    """
-    draw: dict[str, Callable[[], Figure]] = {
-        "figure2_mca": lambda: by_architecture(cells, names, "mca", "mCA (%)"),
-        "figure3_calibration": lambda: by_architecture(cells, names, "corrupt_rmse", "RMS calibration error (%)"),
-        "figure4_corruptions": lambda: gallery(*picture, names),
-        "figure5_methods_cifar10": lambda: by_method(cells, names, "cifar10"),
-        "figure6_methods_cifar100": lambda: by_method(cells, names, "cifar100"),
-        "figure7_profile_cifar10": lambda: profile(cells, names, "cifar10"),
-        "figure8_profile_cifar100": lambda: profile(cells, names, "cifar100"),
-    }
-    if bins is not None:
-        draw["reliability"] = lambda: reliability(bins, names)
-    written = []
-    with matplotlib.rc_context(STYLE):
-        for name, make in draw.items():
-            figure = make()
-            if name != "figure4_corruptions":
-                figure.supxlabel("\n".join(textwrap.wrap(source, 150)), fontsize=6, color="#555555")
-            for suffix, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None})):
-                path = folder / f"{name}.{suffix}"
-                with runs.atomic_write(path) as file:
-                    figure.savefig(file, format=suffix, dpi=200, metadata=metadata)
-                written.append(path)
-    return written
+
+def main(argv: list[str] | None = None) -> int:
+    """Draw what can be drawn. Exit code 1 where a results.json was left out, damaged or of an older form."""
+    parser = utils.Parser(description="Figures 1-8, reliability diagrams and training curves, as PNG files.")
+    flag = parser.add_argument
+    flag("runs", nargs="?", help="the folder of the runs")
+    flag("--source", choices=("runs", "paper"), default="runs", help="our runs' numbers, or the published ones")
+    flag("--dataset", default="cifar10", help="the data set in CIFAR-10's place")
+    flag("--arch", default="resnet18", help="the network in ResNet-18's place")
+    flag("--out", default="figures", help="the folder of the figures")
+    flag("--pdf", action="store_true", help="PDF files too")
+    args = parser.parse_args(argv)
+    if (args.runs is None) == (args.source == "runs"):
+        raise ValueError("name the folder of the runs or --source paper, one of the two")
+
+    runs, problems = read_results(args.runs) if args.runs else ({}, [])
+    groups: dict[Key, Group] = {}
+    for g in group_runs(runs):
+        key = g.shared["dataset"], g.shared["arch"], column_of(g.shared)
+        why = "others of its name are drawn" if key in groups else ""
+        why = "it is a setting of Table 5" if key[2] in TABLE5 - set(METHODS) else why
+        why = why if all(run.get("best") for run in g.seeds.values()) else "best.pt was not evaluated"
+        if why:
+            print(f"{', '.join(map(label, key))}, seeds {list(g.seeds)}: in the training curves alone, since {why}")
+        groups |= {} if why else {key: g}
+    numbers = {key: summarise(group) for key, group in groups.items()} if args.runs else published()
+    logs: dict[Key, list[dict[str, np.ndarray]]] = {}
+    for path, run in runs.items():
+        try:
+            rows = list(csv.DictReader(path.with_name("log.csv").read_text().splitlines()))
+            log = {key: np.array([float(row[key] or "nan") for row in rows]) for key in LOG}
+            logs.setdefault((run["dataset"], run["arch"], column_of(run)), []).append(log)
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, KeyError, csv.Error) as error:
+            problems.append(f"{path.with_name('log.csv')} is left out: it is damaged ({error})")
+
+    def pick(values: dict, sets: list[str], arches: list[str], few: bool = False) -> dict:
+        """Those on these data sets and networks, in order; few: Standard, AugMix, MAGNMA, methods of the user's own."""
+        columns = [c for c in columns_of(values) if not few or c not in METHODS or c in ("standard", "augmix", MAGNMA)]
+        return {key: values[key] for key in itertools.product(sets, arches, columns) if key in values}
+
+    sets, arches = list(dict.fromkeys([Path(args.dataset).stem, "cifar100"])), [args.arch, "densenet121", "inceptionv3"]
+    digit, three = load_dataset("digits", "").train_images[[DIGIT]], pick(numbers, sets, arches, few=True)
+    plan = {"figure1": (branches, digit), "figure4": (gallery, digit), "figure2": (by_network, three, "mca", "mCA (%)"),
+            "figure3": (by_network, three, "corrupt_rmse", "RMS calibration error (%)")}  # fmt: skip
+    for k, dataset in enumerate(sets):
+        plan[f"figure{5 + k}"] = by_method, pick(numbers, [dataset], arches[:1])
+        plan[f"figure{7 + k}"] = profile, pick(numbers, [dataset], arches[:1])
+        plan[f"reliability_{dataset}"] = reliability, pick(groups, [dataset], arches[:1], few=True)
+    for dataset, arch in dict.fromkeys(key[:2] for key in logs) or [(sets[0], arches[0])]:
+        plan[f"training_{dataset}_{arch}"] = training, pick(logs, [dataset], [arch])
+    for name, (draw, data, *rest) in sorted(plan.items()):
+        if len(data) == 0:
+            why = "no runs for it; --dataset and --arch name others" if args.runs else "nothing published for it"
+            print(f"{name} is not drawn: {why}")
+            continue
+        ran = footer({key: groups[key] for key in data if key in groups})
+        note = ran if args.runs else f"Published numbers: {PAPER['source']}"
+        for suffix in ("png", "pdf") if args.pdf else ("png",):
+            with matplotlib.rc_context(LOOK):
+                save(draw(data, *rest), Path(args.out, f"{name}.{suffix}"), note)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(utils.run_main(main))
