@@ -158,8 +158,7 @@ def _map(name: str, root: str | Path, stem: str) -> np.ndarray:
         dataset = name if name in BUILT_IN else f"PATH/{name}.npz"
         raise FileNotFoundError(f"no {path}; make it with `python corruptions.py --dataset {dataset} --data {root}`")
     try:
-        # c: a private view, which torch may take as writable
-        return np.lib.format.open_memmap(path, mode="c")
+        return np.lib.format.open_memmap(path, mode="c")  # c: a private view, which torch may take as writable
     except Exception as error:  # damaged bytes can make numpy raise nearly anything
         reason = " ".join(str(error).split())[:80]
         raise ValueError(f"{path} is damaged ({reason}); delete it and make it anew") from None

@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import io
 import json
 import math
 import os
@@ -154,8 +155,10 @@ def read_json(path: str | Path) -> dict:
 
 def save_checkpoint(path: str | Path, content: dict) -> None:
     """torch.save, whole or not at all."""
+    buffer = io.BytesIO()  # torch.save straight to a disk that fills raises a RuntimeError
+    torch.save(content, buffer)
     with atomic_write(path) as file:
-        torch.save(content, file)
+        file.write(buffer.getbuffer())
 
 
 def load_checkpoint(path: str | Path) -> dict:

@@ -88,6 +88,16 @@ def test_torchvision_imports_in_a_new_process_and_is_left_alone_where_it_fits(ro
     assert (done.returncode, done.stdout) == (0, "2\n"), done.stderr
 
 
+def test_other_errors_of_torchvision_are_not_hidden(monkeypatch, tmp_path):
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('something else')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(torch.library, "Library", None)  # nor is an operator declared
+    with pytest.raises(RuntimeError, match="something else"):
+        utils.import_torchvision()
+
+
 def test_devices_and_precision(monkeypatch):
     cpu, card = utils.pick_device("cpu"), torch.device("cuda", 0)
     names = {amp: utils.amp_name(utils.amp_dtype(amp, cpu)) for amp in ("auto", "bf16", "fp16", "off")}
