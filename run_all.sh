@@ -1,286 +1,272 @@
 #!/usr/bin/env bash
-# Every run of every table of the paper, once each: 144 trainings, each followed by its evaluation.
+# Every run of every table of the paper, once each: 48 trainings a seed, each followed by its evaluation.
 #
-#   bash run_all.sh                        Tables 1-5: sets up, fetches or makes the data, trains, evaluates
-#   bash run_all.sh table3                 the runs of one table, table1 ... table5
-#   bash run_all.sh demo                   Standard, AugMix and MAGNMA on scikit-learn's digits, minutes on a CPU
-#   bash run_all.sh test [pytest flags]    ruff, shellcheck and the tests
-#   bash run_all.sh list [table3]          one command a line, with its GPU-hours, and their sum
-#   bash run_all.sh setup                  makes .venv with the packages of requirements.txt, no more
-#   bash run_all.sh data                   that and the data, where the machines with GPUs have no network
+#   bash run_all.sh                  everything: sets up, gets the data, trains, evaluates, prints Tables 1-5
+#   bash run_all.sh table3           the runs of one table, table1 ... table5
+#   bash run_all.sh headline         Standard, AugMix and MAGNMA with ResNet-18 on CIFAR-10
+#   bash run_all.sh demo             these three on scikit-learn's digits with ResNet-20, in minutes on a CPU
+#   bash run_all.sh list [table3]    the commands, one a line: number, tab, command
+#   bash run_all.sh data [table3]    sets up and gets the data, where the machines with GPUs have no network
+#   bash run_all.sh setup            makes .venv with the packages of requirements.txt
+#   bash run_all.sh test [-k ...]    ruff, shellcheck and pytest, with further flags for pytest
 #
-#   --only K[,K...]           these lines of the list alone (for a SLURM array, GNU parallel, xargs)
-#   --gpus 0,1                share the runs among these GPUs
-#   --accumulate K            DenseNet-121 and Inception-V3 in K micro-batches, where GPUs have 16 GB (train.py --help)
-#   --max-minutes M           pause each training after M minutes; the same command goes on
-#   --download-corruptions    where data/ has no CIFAR-10-C or CIFAR-100-C, fetch the official one, not generate it
-#   --scale quick             prove the orchestration on a CPU: digits, ResNet-20, 64 images, an epoch; in runs-quick/
+#   --seeds 0      these seeds alone; 0,1 for two; 0,1,2 by default
+#   --gpus 2       so many runs at a time, each on a GPU of its own: GPUs 0, 1, ... or those of CUDA_VISIBLE_DEVICES
+#   --only 7       line 7 alone of what `list` prints for the same arguments, and no table: for job arrays
+#   --cpu          train on the CPU
+#   --generate     make the corrupted CIFAR sets here (corruptions.py), where they are missing, not download them
+#   --root DIR     the runs' folder, seen from this script's; by default runs, the demo's runs-demo
+#   -- FLAGS       go to every train.py; then --root must name another folder than runs
 #
-# A run whose results.json is whole is skipped, an interrupted one resumes, a failed one does not stop the rest.
-# PYTHON=/path/to/python uses that interpreter as it is and installs nothing.
+# What is finished is skipped, what was killed goes on from its last epoch, what failed does not stop the rest: after
+# Ctrl-C or a lost machine give the same command again. One of two machines that share this folder:
+#   bash run_all.sh data && bash run_all.sh list | awk 'NR % 2 == 0' | cut -f 2 | bash
+# PYTHON=/path/to/python before any of these uses that interpreter, and installs nothing.
 
 set -euo pipefail
-shopt -s nullglob
-again=$(printf ' %q' bash "$0" "$@")
 [[ ${PYTHON:-} == */* ]] && PYTHON=$(realpath -s "$PYTHON") # it may be relative to where the caller is
 cd "$(dirname "${BASH_SOURCE[0]}")"
+
+# The demo's training: digits has 1,437 images, so 8 epochs of 44 small batches; one sample a regulariser
+demo=(--epochs 8 --batch-size 32 --lr 0.02 --n 1 --eval-every 8)
 
 die() {
   echo "run_all.sh: $*" >&2
   exit 2
 }
 
-# The list of runs -----------------------------------------------------------------------------------------------------
-
-# A line for each run: tables, dataset, arch, name of its folder, seed, cost (a method of `passes`), flags of train.py.
-# Seed 0 comes first, so that every table is there once before any is there three times.
-all_runs() {
-  local seed dataset arch method three both lambda1 lambda2 sigma_max cost
-  for seed in 0 1 2; do
-    for dataset in cifar10 cifar100; do
-      # Table 3 is CIFAR-10's, Table 4 CIFAR-100's; MAGNMA's columns of Table 3 are rows of Table 5
-      three=3 both=35
-      [[ $dataset == cifar100 ]] && three=4 both=4
-      for method in at trades rse gn; do
-        echo "$three $dataset resnet18 $method $seed $method --method $method"
-      done
-      for method in standard augmix; do
-        echo "12$three $dataset resnet18 $method $seed $method --method $method"
-      done
-      echo "$both $dataset resnet18 magnma-noise $seed magnma_noise --method magnma --lambda2 0"
-      echo "$both $dataset resnet18 magnma-mix $seed magnma_mix --method magnma --lambda1 0 --lambda2 5"
-      echo "12$both $dataset resnet18 magnma $seed magnma --method magnma"
-      for arch in densenet121 inceptionv3; do
-        for method in standard augmix magnma; do
-          echo "12 $dataset $arch $method $seed $method --method $method"
-        done
-      done
+# The runs: for one, its tables (h: headline), data set, network, folder and further flags. Seeds are outermost, so that
+# every table is there once before any is there three times.
+list() {
+  local number=0 wanted=${part#table} python=${PYTHON:-.venv/bin/python}
+  local seed dataset table five headline method values arch l1 l2 sigma
+  [[ $part == all ]] && wanted=""
+  [[ $part == @(headline|demo) ]] && wanted=h
+  for seed in $seeds; do
+    for dataset in cifar10 cifar100; do # MAGNMA's columns of Table 3 are rows of Table 5
+      [[ $dataset == cifar10 ]] && table=3 five=5 headline=h || table=4 five="" headline=""
+      for method in standard augmix; do run "12$table$headline" $dataset resnet18 $method; done
+      run "12$table$five$headline" $dataset resnet18 magnma
+      for method in at trades rse gn; do run $table $dataset resnet18 $method; done
+      run "$table$five" $dataset resnet18 magnma-noise --lambda2 0
+      run "$table$five" $dataset resnet18 magnma-mix --lambda1 0 --lambda2 5
     done
-    while read -r lambda1 lambda2 sigma_max; do
-      cost=magnma
-      [[ $lambda1 == 0 ]] && cost=magnma_mix
-      [[ $lambda2 == 0 ]] && cost=magnma_noise
-      echo "5 cifar10 resnet18 magnma-l1_$lambda1-l2_$lambda2-s_$sigma_max-b_1 $seed $cost --method magnma" \
-        "--lambda1 $lambda1 --lambda2 $lambda2 --sigma-max $sigma_max"
-    done < <(table5_rows)
+    for values in {densenet121,inceptionv3}/{cifar10,cifar100}/{standard,augmix,magnma}; do
+      IFS=/ read -r arch dataset method <<<"$values"
+      run 12 "$dataset" "$arch" "$method" --recompute # with which MAGNMA's 11 passes fit into 16 GB
+    done
+    for values in 0.{1,15,3,4,5}/0/0.2 0.1/0/0.25 0/{0.1,0.2,1,10}/0.2 0.2/{0.02,0.05,0.1,0.2,1,3,5,10}/0.2; do
+      IFS=/ read -r l1 l2 sigma <<<"$values"
+      run 5 cifar10 resnet18 "magnma-l1_$l1-l2_$l2-s_$sigma-b_1" --lambda1 "$l1" --lambda2 "$l2" --sigma-max "$sigma"
+    done
   done
 }
 
-# lambda1, lambda2 and sigma_max of the other 18 rows of Table 5; beta is 1 in all of them
-table5_rows() {
-  printf '%s 0 0.2\n' 0.1 0.15 0.3 0.4 0.5
-  echo 0.1 0 0.25
-  printf '0 %s 0.2\n' 0.1 0.2 1 10
-  printf '0.2 %s 0.2\n' 0.02 0.05 0.1 0.2 1 3 5 10
+# Prints a run's number in the list, a tab and its command, if it was asked for.
+run() {
+  [[ $1 == *"$wanted"* ]] || return 0
+  [[ $part == demo ]] && set -- h digits resnet20 "${@:4}"
+  ((++number))
+  [[ -z $only || $only == "$number" ]] || return 0
+  local folder=$root/$2/$3/$4/seed$seed
+  printf '%d\t%q train.py --resume' "$number" "$python"
+  printf ' %q' --dataset "$2" --arch "$3" --method "${4%%-*}" "${@:5}" --seed "$seed" --device "$device" "${more[@]}" \
+    --out "$folder"
+  printf ' && %q evaluate.py %q --device %s\n' "$python" "$folder" "$device"
 }
 
-demo_runs() {
-  echo "demo digits resnet20 magnma-n_1 0 magnma --method magnma"
-  echo "demo digits resnet20 augmix 0 augmix --method augmix"
-  echo "demo digits resnet20 standard 0 standard --method standard"
+# Calls $2 ... while no other job does, by the lock file $1: the jobs of an array start together.
+alone() {
+  if command -v flock >/dev/null; then (flock 9 && "${@:2}") 9>"$1"; else ("${@:2}"); fi
 }
 
-# The chosen lines of the list as commands, with tabs between: number, data set needed, folder, command to train,
-# command to evaluate, and the run's key among the hours in results/benchmark-*.json
-commands() {
-  local k dataset arch name seed cost flags folder train evaluate needed
-  for k in "${numbers[@]}"; do
-    read -r _ dataset arch name seed cost flags <<<"${lines[k - 1]}"
-    folder=$root/$dataset/$arch/$name/seed$seed needed=digits
-    case $scale in
-      full)
-        needed=$dataset
-        train="--dataset $dataset --arch $arch" evaluate=""
-        [[ -z $accumulate || $arch == resnet18 ]] || train+=" --accumulate $accumulate"
-        [[ -z $gpus ]] || train+=" --device cuda" evaluate="--device cuda" # where there is none, that is an error
-        ;;
-      quick)
-        train="--dataset digits --arch resnet20 --stands-for $dataset/$arch --subset 64 --epochs 1 --device cpu"
-        evaluate="--limit 4 --device cpu"
-        ;;
-      demo)
-        train="--dataset digits --arch resnet20 --epochs 8 --batch-size 32 --lr 0.02 --n 1 --device cpu"
-        evaluate="--only last --device cpu"
-        ;;
-    esac
-    train="train.py --resume $train $flags --seed $seed --out $folder${max_minutes:+ --max-minutes $max_minutes}"
-    evaluate="evaluate.py $folder${evaluate:+ $evaluate}"
-    printf '%s\t%s\t%s\t%s\t%s\t%s\n' "$k" "$needed" "$folder" "$train" "$evaluate" "$dataset/$arch/$cost"
-  done
-}
-
-# GPU-hours -----------------------------------------------------------------------------------------------------------
-
-# What benchmark.py found on a GPU, lines "dataset/arch/method hours file", and "arch/method timed" where it timed that
-# training itself and did not infer its hours from others.
-benchmark_hours() {
-  local file
-  for file in results/benchmark-cuda*.json; do
-    sed -nE '/"hours": *\{/,/\}/ s|^ *"([a-z0-9]+/[a-z0-9]+/[a-z_]+)": *([0-9.]+),? *$|\1 \2 '"$file"'|p' "$file"
-    sed -nE '/"timed": *\[/,/\]/ s|^ *"([a-z0-9]+/[a-z_]+)",? *$|\1 timed|p' "$file"
-  done
-}
-
-# Each run's two commands on a line, its number and GPU-hours behind them as a comment; at the end the sum. Without a
-# benchmark's hours they are estimated from the arithmetic of 150 epochs of 50,000 images.
-print_list() {
-  export python
-  python=$(printf '%q' "${PYTHON:-.venv/bin/python}")
-  { benchmark_hours && commands; } | awk -F '\t' '
-    BEGIN {
-      python = ENVIRON["python"]
-      teraflops = 20 # assumed pace of a GPU in these networks
-      # multiply-accumulates of an image forward, in 10^9
-      macs["resnet18"] = 0.555; macs["densenet121"] = 0.888; macs["inceptionv3"] = 3.631
-      # images forward and backward for each image of an epoch, with those for attacks, tests and RSE ensembles
-      passes["standard"] = passes["gn"] = 1.1; passes["rse"] = 2.5; passes["augmix"] = 3.1
-      passes["at"] = 8.1; passes["trades"] = 9.4
-      passes["magnma_noise"] = passes["magnma_mix"] = 6.1; passes["magnma"] = 11.1
-    }
-    NF < 2 { split($0, entry, " "); hours[entry[1]] = entry[2]; file[entry[1]] = entry[3]; next }
-    {
-      printf "%s %s && %s %s  # %d", python, $4, python, $5, $1
-      if ($2 == "digits") { print ": a stand-in, minutes on a CPU"; next }
-      split($6, part, "/")
-      if ($6 in hours) {
-        h = hours[$6]; how = (part[2] "/" part[3] in hours ? "measured, " : "estimated, ") file[$6]
-      } else { # a multiply-accumulate is 2 operations, and backward costs twice forward
-        h = 150 * 50000 * passes[part[3]] * 3 * 2 * macs[part[2]] * 1e9 / (teraflops * 1e12) / 3600
-        how = "estimated, at " teraflops " TFLOP/s"
-      }
-      sum[substr(how, 1, 1)] += h; count++
-      printf ": %.2f GPU-hours, %s\n", h, how
-    }
-    END {
-      if (count) {
-        printf "# %d runs, %.0f GPU-hours: ", count, sum["m"] + sum["e"]
-        printf "%.0f measured, %.0f estimated\n", sum["m"], sum["e"]
-      }
-    }'
-}
-
-# Setup ----------------------------------------------------------------------------------------------------------------
-
-# Sets PYTHON: the interpreter given, or .venv's, with the packages of requirements.txt installed once.
-setup() {
-  if [[ -n ${PYTHON:-} ]]; then
-    command -v "$PYTHON" >/dev/null || die "PYTHON=$PYTHON is no program; name an interpreter, or unset it"
-    return
-  fi
-  PYTHON=.venv/bin/python
-  local wanted
-  wanted=$(cksum <requirements.txt)
-  [[ -f .venv/installed && $(<.venv/installed) == "$wanted" ]] && return
-  if command -v flock >/dev/null; then # the jobs of an array may all start here: one installs, the others wait
-    exec 9>.setup.lock
-    flock 9
-    if [[ -f .venv/installed && $(<.venv/installed) == "$wanted" ]]; then
-      exec 9>&- # else the others would wait until this one's training ends
-      return
-    fi
-  fi
-  command -v python3 >/dev/null || die "no python3; install Python 3.11 or newer, or name one: PYTHON=/path/to/python"
-  python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
-    die "$(python3 --version) is too old; install Python 3.11 or newer, or name one: PYTHON=/path/to/python"
+# .venv with the packages of requirements.txt, once. V100s and older drivers get the last torch that was built for them.
+install() {
+  local stamp old="" except='^$'
+  stamp="$(cksum <requirements.txt);"
+  if old_gpu; then old=cu126 except='^torch(vision)?=='; fi
+  [[ -f .venv/installed && $(<.venv/installed) == "$stamp$old"* ]] && return
+  python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
+    die "no Python 3.11 or newer as python3; install one, or name it: PYTHON=/path/to/python"
   echo "run_all.sh: installing the packages of requirements.txt into .venv"
-  python3 -m venv .venv || die "python3 -m venv failed, its message is above (on Debian: apt install python3-venv)"
-  # imagecorruptions brings frost's photographs; nothing of it is imported, so it needs none of its dependencies
-  local pip=("$PYTHON" -m pip install --quiet --disable-pip-version-check)
-  if ! { "${pip[@]}" -r requirements.txt && "${pip[@]}" --no-deps imagecorruptions==1.1.2; }; then
-    die "pip failed, its message is above; the same command tries again, PYTHON=/path/to/python uses what you have"
-  fi
-  echo "$wanted" >.venv/installed
-  exec 9>&-
+  [[ -x .venv/bin/python ]] || python3 -m venv .venv || die "python3 -m venv failed, its message is above"
+  [[ -z $old ]] || pip torch==2.7.1 torchvision==0.22.1 --index-url https://download.pytorch.org/whl/cu126
+  pip -r <(grep -vE "$except" requirements.txt)
+  pip --no-deps imagecorruptions==1.1.2 # frost's photographs; nothing of it is imported
+  echo "$stamp$old" >.venv/installed
 }
 
-# The command line -----------------------------------------------------------------------------------------------------
+pip() {
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@" || die "pip failed, its message is above"
+}
 
-part="all" listing="" scale="full" accumulate="" max_minutes="" gpus="" only=() flags=()
+# Is there a GPU of compute capability below 7.5, or with a driver before 580? An old nvidia-smi cannot tell the former.
+old_gpu() {
+  local found
+  found=$(nvidia-smi --query-gpu="driver_version,compute_cap" --format=csv,noheader 2>/dev/null ||
+    nvidia-smi --query-gpu="driver_version" --format=csv,noheader 2>/dev/null) || return 1
+  awk -F, '$1 + 0 < 580 || $2 + 0 < 7.5 { old = 1 } END { exit !old }' <<<"$found"
+}
+
+# Checks the runs on standard input, as `list` prints them, and the GPUs; gets the data of those that are not finished:
+# what is under data/ is used, the rest is downloaded or made. Prints their folders and commands, with tabs between.
+prepare() {
+  "$PYTHON" -c '
+import contextlib, json, shlex, sys
+from pathlib import Path
+import torch
+import corruptions, data, train, utils
+
+def finished(args):
+    try:
+        config, results = (json.loads(Path(args.out, f"{name}.json").read_bytes()) for name in ("config", "results"))
+        same = all(k in train.MAY_DIFFER or v in (config[k], "auto") for k, v in vars(args).items())
+        return same and results["best"] and results["last"] and results["limit"] is None
+    except (OSError, ValueError, LookupError, TypeError):
+        return False  # train.py --resume knows what to do
+
+def main():
+    mode, gpus, generate = sys.argv[1:]
+    names = set()
+    for line in sys.stdin:
+        command = line.split("\t")[1]
+        args = train.parse_args(shlex.split(command.split(" && ")[0])[2:])
+        if mode == "data" or not finished(args):
+            names.add(args.dataset)
+            print(args.out, command, sep="\t", end="")
+    if names and mode != "data" and torch.cuda.device_count() < int(gpus):
+        raise ValueError(f"{gpus} GPUs are needed, torch sees {torch.cuda.device_count()}; --cpu trains without")
+    for name in sorted(names):
+        with contextlib.redirect_stdout(sys.stderr):
+            folder = data.corrupted_folder(data.load_dataset(name, "data").name, "data")
+            files = [*data.CORRUPTIONS, "labels"] + ["gaussian_noise"] * (folder / "generated.json").is_file()
+            if not all((folder / f"{file}.npy").is_file() for file in files):
+                download = name in corruptions.OFFICIAL and not generate
+                corruptions.main(["--dataset", name] + ["--download"] * download)
+
+sys.argv[0] = "run_all.sh"
+sys.exit(utils.run_main(main))' "$mode" "$([[ $device == cuda ]] && echo "$gpus" || echo 0)" "$generate"
+}
+
+# Runs a folder and its command, with a tab between, on the GPU of xargs' slot; prints exit code, seconds and folder
+one_run() {
+  local folder=${1%%$'\t'*} code=0 devices
+  IFS=, read -ra devices <<<"${CUDA_VISIBLE_DEVICES:-}"
+  export CUDA_VISIBLE_DEVICES=${devices[SLOT]:-$SLOT}
+  { mkdir -p "$folder" && eval "${1#*$'\t'}" >>"$folder/output.log" 2>&1; } || code=$?
+  printf '%s\t%s\t%s\n' "$code" "$SECONDS" "$folder"
+}
+
+hours() { echo "$(($1 / 3600)) h $(($1 / 60 % 60)) min"; }
+
+# Reads what one_run prints for $1 of $2 runs; then prints the tables, then names what failed. Is all well?
+report() {
+  local done=0 well=1 failed=() code seconds folder outcome
+  SECONDS=0
+  while IFS=$'\t' read -r code seconds folder; do
+    ((++done))
+    ((code == 0)) && outcome=finished || outcome=failed failed+=("$folder")
+    echo "[$(($2 - $1 + done))/$2] $folder: $outcome after $(hours "$seconds")," \
+      "about $(hours $((SECONDS * ($1 - done) / done))) left"
+  done
+  [[ $only ]] || tables || well=0
+  for folder in "${failed[@]}"; do
+    echo "failed: $folder: $(tail -n 1 "$folder/output.log") (log: $folder/output.log)"
+  done
+  ((well && done == $1 && ${#failed[@]} == 0))
+}
+
+# The tables of what was run; the data set or network named behind `--` takes the place of CIFAR-10 or ResNet-18.
+tables() {
+  local numbers=("${part#table}") places=() number well=1
+  [[ " ${more[*]}" =~ " --arch"[\ =]([^\ ]+) ]] && places+=(--arch "${BASH_REMATCH[1]}")
+  [[ " ${more[*]}" =~ " --dataset"[\ =]([^\ ]*/)?([^\ /]+) ]] && places+=(--dataset "${BASH_REMATCH[2]%.npz}")
+  case $part in
+    all) numbers=({1..5}) ;;
+    headline) numbers=(1 2) ;;
+    demo)
+      "$PYTHON" figures.py "$root" --out "$root/figures" --dataset digits --arch resnet20 >/dev/null &&
+        "$PYTHON" tables.py "$root" && echo "Clean and corrupted accuracy: $root/figures/figure5.png"
+      return
+      ;;
+  esac
+  for number in "${numbers[@]}"; do "$PYTHON" tables.py "$root" --table "$number" "${places[@]}" || well=0; done
+  ((well))
+}
+
+# The data, then the runs, then the tables
+work() {
+  local lines left
+  lines=$(list)
+  mkdir -p data
+  left=$(alone data/.lock prepare <<<"$lines")
+  [[ $mode == data ]] && return
+  set -- "$(grep -c . <<<"$left")" "$(wc -l <<<"$lines")"
+  echo "run_all.sh: $2 runs, $1 to do, $gpus at a time; what each prints is in output.log in its folder"
+  export -f one_run
+  # shellcheck disable=SC2016
+  printf %s "$left" | xargs -d '\n' -r -n 1 -P "$gpus" --process-slot-var=SLOT bash -c 'one_run "$1"' bash | report "$@"
+}
+
+# Ctrl-C and the like: ends all that works, and exits with code $1. Nothing is lost: a run's files appear whole.
+stop() {
+  trap '' INT TERM HUP
+  [[ -z $child ]] || kill -TERM -- "-$child" || true
+  wait
+  echo "run_all.sh: stopped; the same command goes on" >&2
+  exit "$1"
+}
+
+part="" mode="" seeds="" gpus="" only="" root="" device=cuda generate="" more=() child=""
 while (($#)); do
   case $1 in
-    all | table[1-5] | demo | setup | data) part=$1 ;;
-    list) listing=1 ;;
-    test)
-      part="test"
-      shift
-      break
-      ;;
-    --only)
-      [[ ${2:-} =~ ^[0-9]{1,4}(,[0-9]{1,4})*$ ]] || die "--only takes lines of the list, as 3 or 1,2; not '${2:-}'"
-      IFS=, read -ra only <<<"$2"
-      shift
-      ;;
-    --gpus)
-      [[ ${2:-} =~ ^[0-9]+(,[0-9]+)*$ ]] || die "--gpus takes numbers with commas between, as 0,1; not '${2:-}'"
-      gpus=$2
-      shift
-      ;;
-    --accumulate)
-      [[ ${2:-} =~ ^[1-9][0-9]{0,2}$ ]] || die "--accumulate takes a number of micro-batches, as 4; not '${2:-}'"
-      accumulate=$2
-      shift
-      ;;
-    --max-minutes)
-      [[ ${2:-} =~ ^[0-9]+(\.[0-9]+)?$ && $2 =~ [1-9] ]] || die "--max-minutes takes a number above 0, not '${2:-}'"
-      max_minutes=$2
-      shift
-      ;;
-    --scale)
-      [[ ${2:-} == @(quick|full) ]] || die "--scale is quick or full, not '${2:-}'"
-      scale=$2
-      shift
-      ;;
-    --download-corruptions) flags+=("$1") ;;
-    -h | --help)
-      sed -n '2,/^$/ s/^# \{0,1\}//p' run_all.sh
-      exit
-      ;;
+    all | table[1-5] | headline | demo) part+=$1 ;; # two of them make none
+    list | data | setup | test) mode+=$1 ;;
+    --seeds | --gpus | --only | --root) [[ ${2:-} == [!-]* ]] || die "$1 needs a value" ;;&
+    --seeds | --gpus | --only | --root) printf -v "${1#--}" %s "$2" && shift ;;
+    --cpu) device=cpu ;;
+    --generate) generate=yes ;;
+    --) ;;
+    -h | --help) sed -n '2,/^$/ s/^# \{0,1\}//p' run_all.sh && exit ;;
     *) die "unknown part or flag '$1'; bash run_all.sh --help shows them" ;;
   esac
+  [[ $1 == @(--|test) ]] && more=("${@:2}") && break
   shift
 done
-
-if [[ $part == @(setup|test) ]]; then
-  setup
-  [[ $part == setup ]] && exit
-  PATH=$(dirname "$(command -v "$PYTHON")"):$PATH
-  if command -v ruff >/dev/null; then ruff check --quiet .; fi
-  if command -v shellcheck >/dev/null; then shellcheck run_all.sh .ci/run; fi
-  exec "$PYTHON" -m pytest "$@"
-fi
-
-[[ $part == demo ]] && scale=demo
-case $scale in
-  full) root=runs ;;
-  quick) root=runs-quick flags+=(--preload) ;;
-  demo) root=runs-demo ;;
-esac
-if [[ $scale != full ]]; then
-  [[ -z $gpus ]] || die "--gpus is of no use here: the demo and --scale quick run on the CPU"
-  gpus=","                 # two workers without a GPU;
-  export OMP_NUM_THREADS=1 # with a thread each they do more than one with two
-fi
-[[ $part == data ]] && flags+=(--data-only)
-
-if [[ $part == demo ]]; then mapfile -t lines < <(demo_runs); else mapfile -t lines < <(all_runs); fi
-numbers=()
-for k in "${!lines[@]}"; do
-  [[ $part != table? || ${lines[k]%% *} == *"${part#table}"* ]] && numbers+=($((k + 1)))
+[[ $part == @(|all|table[1-5]|headline|demo) && $mode == @(|list|data|setup|test) ]] || die "one part at a time"
+for flag in "${more[@]}"; do
+  [[ $mode == test || ${flag%%=*} != --@(method|seed|out|data|device) ]] || die "-- $flag: this flag it sets itself"
 done
-if ((${#only[@]})); then
-  [[ $part == @(all|data) ]] || die "--only counts the lines of the whole list; leave $part out"
-  numbers=()
-  for k in "${only[@]}"; do
-    ((10#$k >= 1 && 10#$k <= ${#lines[@]})) || die "--only $k: the list has lines 1 to ${#lines[@]}"
-    numbers+=($((10#$k)))
-  done
+((${#more[@]} == 0)) || [[ $mode == test || $(realpath -m "${root:-runs}") != "$(realpath -m runs)" ]] ||
+  die "with flags behind -- the runs are not the paper's; name a folder for them, as --root runs-quick"
+if [[ $part == demo ]]; then
+  device=cpu more=("${demo[@]}" "${more[@]}") root=${root:-runs-demo} gpus=${gpus:-2} seeds=${seeds:-0}
 fi
+part=${part:-all} root=${root:-runs} gpus=${gpus:-1} seeds=${seeds:-0,1,2}
+[[ $gpus =~ ^[1-9][0-9]?$ ]] || die "--gpus takes a number, as 2, not '$gpus'"
+[[ $seeds =~ ^[0-9]{1,9}([ ,]+[0-9]{1,9})*$ ]] || die "--seeds takes numbers, as 0,1, not '$seeds'"
+seeds=$(tr -s ' ,' '\n' <<<"$seeds" | sort -nu)
+[[ -z $only || -n $(list) ]] || die "--only $only: the list has lines 1 to $(only="" && list | wc -l)"
+[[ $mode != list ]] || { list && exit; }
 
-if [[ -n $listing ]]; then
-  print_list
-  exit
+trap 'stop 130' INT
+trap 'stop 143' TERM HUP
+if [[ -z ${PYTHON:-} ]]; then
+  alone .setup.lock install
+  PYTHON=.venv/bin/python
 fi
-setup
-flags+=(--root "$root" --gpus "$gpus" --again "${again# }")
-[[ $part == demo ]] && flags+=(-- tables.py "$root" --table 3 --dataset digits --arch resnet20 --checkpoint last)
-exec "$PYTHON" run_list.py "${flags[@]}" < <(commands | cut -f 1-5)
+command -v "$PYTHON" >/dev/null || die "PYTHON=$PYTHON is no program; name an interpreter, or unset it"
+[[ $mode == setup ]] && exit
+if [[ $mode == test ]]; then
+  PATH=$(dirname "$(command -v "$PYTHON")"):$PATH # where pip has put them
+  ruff check --quiet .
+  shellcheck run_all.sh .ci/run
+  exec "$PYTHON" -m pytest -n 2 --dist loadfile "${more[@]}"
+fi
+# on a CPU the runs share the cores
+[[ $device == cuda ]] || export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((($(nproc) + gpus - 1) / gpus))}"
+set -m # a process group of its own, so that a signal ends all of it
+work </dev/null &
+child=$!
+set +m
+wait "$child"

@@ -262,6 +262,8 @@ def open_run(
     Raises ValueError where another run is there, and OSError for a disk that is full.
     """
     last = folder / "last.pt"
+    for leftover in folder.glob(".*.tmp") if rank == 0 else ():  # of a process that was killed while saving
+        leftover.unlink()
     if config["resume"] and last.exists():
         saved = utils.load_checkpoint(last)
         try:
@@ -279,9 +281,11 @@ def open_run(
         if rank == 0:
             write_log(folder, log)  # where it was killed between last.pt and the log
         return log
+    if (folder / "config.json").exists() and not config["resume"]:
+        raise ValueError(f"{folder} holds a run already; --resume goes on with it, --tag or --out makes another")
+    if dist.is_initialized():
+        dist.barrier()  # all have looked
     if rank == 0:
-        if (folder / "config.json").exists() and not config["resume"]:
-            raise ValueError(f"{folder} holds a run already; --resume goes on with it, --tag or --out makes another")
         utils.write_json(folder / "config.json", config)
     return []
 
@@ -335,7 +339,7 @@ def main(argv: list[str] | None = None) -> None:
         tqdm.write(f"{args.out}: {args.method}, {args.arch}, {dataset.name} ({dataset.source}), "
                    f"{utils.describe(device)}" + (f" x {world}" if world > 1 else ""))  # fmt: skip
     train(args, dataset, device, rank, world)
-    if world > 1:
+    if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
 

@@ -37,7 +37,7 @@ def test_worked_example_trains_evaluates_and_is_listed(tmp_path):
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    small = "--dataset mine.npz --arch resnet20 --epochs 1 --batch-size 10 --device cpu".split()
+    small = ["--dataset", "mine.npz", "--arch", "resnet20", "--epochs", "1", "--batch-size", "10", "--device", "cpu"]
     run("train.py", "--method", "mixup", "--mixup-alpha", "0.5", *small)
     run("evaluate.py", "runs/mine/resnet20/mixup/seed0", "--device", "cpu")
     assert "mixup" in run("tables.py", "runs")
