@@ -61,11 +61,15 @@ def _load_cifar(name: str, root: Path) -> Dataset:
         train, test = (cifar(root, train=train, download=True) for train in (True, False))
     except Exception as error:  # the network, the archive and the pickles can raise nearly anything
         raise OSError(f"no whole {name} in {root / cifar.base_folder}, and {cifar.url} cannot be had ("
-                      f"{' '.join(str(error).split())[:100]}); unpack that archive into {root}, name another folder"
-                      " with --data, or use --dataset digits") from error  # fmt: skip
-    images = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in (train, test)]
-    labels = [torch.tensor(part.targets) for part in (train, test)]
-    return Dataset(name, images[0], labels[0], images[1], labels[1], list(train.classes), True, "official")
+                      f"{error}); unpack that archive into {root}, name another folder with --data, or use --dataset"
+                      " digits") from error  # fmt: skip
+    parts = (_tensor(train.data), torch.tensor(train.targets), _tensor(test.data), torch.tensor(test.targets))
+    return Dataset(name, *parts, train.classes, True, "official")
+
+
+def _tensor(images: np.ndarray) -> Tensor:
+    """(N, 32, 32, 3) -> (N, 3, 32, 32)."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
 
 def _load_digits() -> Dataset:
@@ -79,10 +83,10 @@ def _load_digits() -> Dataset:
     pixels, targets = load_digits(return_X_y=True)
     small = torch.from_numpy(pixels).float().reshape(-1, 1, 8, 8) * (255 / 16)
     large = F.interpolate(small, size=(32, 32), mode="bilinear", align_corners=False)
-    images, labels = large.round().to(torch.uint8).expand(-1, 3, -1, -1), torch.from_numpy(targets).long()
-    train, test = train_test_split(np.arange(len(labels)), test_size=360, stratify=targets, random_state=0)
-    parts = (images[train].contiguous(), labels[train], images[test].contiguous(), labels[test])
-    return Dataset("digits", *parts, [str(digit) for digit in range(10)], False, "embedded")
+    images = large.round().to(torch.uint8).expand(-1, 3, -1, -1).contiguous()
+    split = train_test_split(images.numpy(), targets, test_size=360, stratify=targets, random_state=0)
+    train, test, train_labels, test_labels = map(torch.from_numpy, split)
+    return Dataset("digits", train, train_labels, test, test_labels, list("0123456789"), False, "embedded")
 
 
 def _load_npz(path: Path) -> Dataset:
@@ -90,32 +94,29 @@ def _load_npz(path: Path) -> Dataset:
 
     Optional: `classes` (C,) names, `hflip` (default true), `source`, a text that results and tables show.
     """
-    if path.stem in BUILT_IN or not path.is_file():
-        why = f"{path.stem} is a data set's name here; rename it" if path.stem in BUILT_IN else "there is no such file"
-        raise ValueError(f"--dataset {path}: {why}")
+    if path.stem in BUILT_IN:
+        raise ValueError(f"--dataset {path}: {path.stem} is a data set's name here; rename the file")
+    if not path.is_file():
+        raise ValueError(f"--dataset {path}: there is no such file")
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in file.files}
+            arrays = dict(file)
+        pairs = [(part, arrays[f"{part}_images"], arrays[f"{part}_labels"]) for part in ("train", "test")]
     except Exception as error:  # damaged bytes can make zipfile and numpy raise nearly anything
-        reason = " ".join(str(error).split())[:80]
-        raise ValueError(f"{path} is damaged, or no .npz of plain arrays ({reason})") from None
-    tensors = []
-    for part in ("train", "test"):
-        try:
-            images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"]
-        except KeyError as error:
-            raise ValueError(f"{path} lacks the array {error}; it holds {', '.join(arrays) or 'none'}") from None
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (32, 32, 3) or len(images) == 0:
+        raise ValueError(f"{path} is damaged, or lacks one of the plain arrays train_images, train_labels, test_images"
+                         f" and test_labels ({error})") from None  # fmt: skip
+    parts = []
+    for part, images, labels in pairs:
+        if images.dtype != np.uint8 or images.shape[1:] != (32, 32, 3) or len(images) == 0:
             raise ValueError(f"{path}: {part}_images is {images.dtype} {images.shape}, not uint8 (N, 32, 32, 3)")
         if labels.dtype.kind not in "iu" or labels.shape != (len(images),) or labels.min() < 0:
             raise ValueError(f"{path}: {part}_labels is {labels.dtype} {labels.shape}, not {len(images)} integers >= 0")
-        tensors.append(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous())
-        tensors.append(torch.from_numpy(labels.astype(np.int64)))
-    count = 1 + max(int(tensors[1].max()), int(tensors[3].max()))
-    classes = [str(name) for name in np.ravel(arrays.get("classes", np.arange(max(2, count))))]
-    if len(classes) < max(2, count):
+        parts += [_tensor(images), torch.from_numpy(labels.astype(np.int64))]
+    count = 1 + int(max(parts[1].max(), parts[3].max()))
+    classes = [str(name) for name in arrays.get("classes", range(count))]
+    if len(classes) < count:
         raise ValueError(f"{path} names {len(classes)} classes, but its labels go up to {count - 1}")
-    return Dataset(path.stem, *tensors, classes, bool(arrays.get("hflip", True)), str(arrays.get("source", path.name)))
+    return Dataset(path.stem, *parts, classes, bool(arrays.get("hflip", True)), str(arrays.get("source", path.name)))
 
 
 # Corrupted test sets
@@ -132,10 +133,10 @@ def load_corrupted(name: str, root: str | Path, corruption: str) -> Tensor:
     Raises FileNotFoundError for a missing file, ValueError for one of another form.
     """
     images = _map(name, root, corruption)
-    if images.dtype != np.uint8 or images.shape[1:] != (32, 32, 3) or len(images) % 5 or len(images) == 0:
+    if images.dtype != np.uint8 or images.shape[1:] != (32, 32, 3) or len(images) % 5:
         path = corrupted_folder(name, root) / f"{corruption}.npy"
         raise ValueError(f"{path} is {images.dtype} {images.shape}, not uint8 (5N, 32, 32, 3); make it anew")
-    return torch.from_numpy(images).view(5, -1, 32, 32, 3).permute(0, 1, 4, 2, 3)
+    return torch.from_numpy(images).view(5, len(images) // 5, 32, 32, 3).permute(0, 1, 4, 2, 3)
 
 
 def check_labels(name: str, root: str | Path, test_labels: Tensor) -> None:
@@ -160,5 +161,4 @@ def _map(name: str, root: str | Path, stem: str) -> np.ndarray:
     try:
         return np.lib.format.open_memmap(path, mode="c")  # c: a private view, which torch may take as writable
     except Exception as error:  # damaged bytes can make numpy raise nearly anything
-        reason = " ".join(str(error).split())[:80]
-        raise ValueError(f"{path} is damaged ({reason}); delete it and make it anew") from None
+        raise ValueError(f"{path} is damaged ({str(error)[:80]}); delete it and make it anew") from None

@@ -8,7 +8,6 @@ set's folder, gaussian_noise or one of your own, becomes a further row, outside 
 """
 
 import argparse
-import csv
 import json
 import sys
 import time
@@ -24,6 +23,8 @@ from tqdm import tqdm
 import utils
 from data import CORRUPTIONS, Dataset, check_labels, corrupted_folder, corruption_source, load_corrupted, load_dataset
 from models import ARCHS, build_model, match_state_dict
+
+transforms = utils.import_torchvision().transforms
 
 SEVERITIES = (1, 2, 3, 4, 5)
 N_BINS = 16
@@ -171,30 +172,20 @@ def evaluate(
 # What is evaluated
 
 
-class Normalize(nn.Module):
-    """(x - mean) / std per channel, before a network that was trained with it. (B, 3, H, W) -> the same."""
+def load_run(folder: Path) -> dict[str, dict]:
+    """The checkpoints of a finished run, {"best": ..., "last": ...}.
 
-    def __init__(self, mean: list[float], std: list[float]):
-        super().__init__()
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x - self.mean) / self.std
-
-
-def load_run(folder: Path, which: str) -> dict:
-    """best.pt or last.pt of a run. Raises ValueError where the run is no run, or unfinished."""
-    saved = {name: utils.load_checkpoint(folder / f"{name}.pt") for name in {which, "last"}}
+    Raises FileNotFoundError for a run without them, ValueError where it is unfinished or they are not train.py's."""
+    saved = {which: utils.load_checkpoint(folder / f"{which}.pt") for which in ("best", "last")}
     try:
-        done, epochs = saved["last"]["epoch"], saved["last"]["config"]["epochs"]
-        config, _, _ = (saved[which][key] for key in ("config", "epoch", "model"))
-        {key: config[key] for key in ("dataset", "arch", "method", "seed", *NOT_HPARAMS)}
+        for content in saved.values():
+            {key: content["config"][key] for key in ("epochs", *NOT_HPARAMS)}
+        done, epochs, _ = saved["last"]["epoch"], saved["last"]["config"]["epochs"], saved["last"]["log"]
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{folder / which}.pt is no checkpoint of train.py ({error} is missing)") from None
+        raise ValueError(f"{folder} holds no checkpoints of train.py ({error} is missing); train again") from None
     if done < epochs:
         raise ValueError(f"{folder} is unfinished ({done} of {epochs} epochs); train with --resume")
-    return saved[which]
+    return saved
 
 
 def load_weights(path: Path, arch: str, num_classes: int, state: dict) -> nn.Module:
@@ -209,6 +200,109 @@ def load_weights(path: Path, arch: str, num_classes: int, state: dict) -> nn.Mod
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return f
+
+
+# The command line
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags. Raises ValueError naming the flag that is wrong."""
+    parser = utils.Parser(description="Clean and corrupted accuracy and calibration of a run, or of others' weights.")
+    flag = parser.add_argument
+    flag("run", nargs="?", help="a run's folder, as train.py wrote it")
+    flag("--checkpoint", help="a plain state dict trained elsewhere, instead of a run")
+    flag("--arch", choices=ARCHS, help="with --checkpoint: its network")
+    flag("--dataset", default="cifar10", help="with --checkpoint: its data set, as in train.py")
+    flag("--mean", type=utils.number(float), nargs=3, help="with --checkpoint: its normalisation; none by default")
+    flag("--std", type=utils.number(float, above=0), nargs=3, help="with --checkpoint: its normalisation")
+    flag("--data", default="data", help="the folder of the data sets and of CIFAR-10-C, CIFAR-100-C, DIGITS-C")
+    flag("--only", choices=("best", "last"), help="this checkpoint of the run alone")
+    flag("--limit", type=utils.number(int, low=1), help="the first N test images of each set alone")
+    flag("--device", default="auto", help="auto, cpu, cuda or cuda:<index>")
+    flag("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision, as in train.py")
+    flag("--out", help="the file for the results; by default results.json in the run, or <checkpoint>.results.json")
+    args = parser.parse_args(argv)
+    if (args.run is None) == (args.checkpoint is None):
+        raise ValueError("name a run's folder or --checkpoint FILE, one of the two")
+    if args.checkpoint and not args.arch:
+        raise ValueError("--checkpoint needs --arch, the network that the weights are of")
+    if (args.mean is None) != (args.std is None):
+        raise ValueError("--mean and --std go together")
+    if args.run and args.mean:
+        raise ValueError("--mean and --std are for --checkpoint; a run's network takes pixels in [0, 1]")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    device = utils.pick_device(args.device)
+    dtype = utils.amp_dtype(args.amp, device)
+    start = time.monotonic()
+    if args.run:
+        folder = Path(args.run)
+        if not (folder / "config.json").is_file():
+            what = "is a file" if folder.is_file() else "has no config.json" if folder.is_dir() else "is not there"
+            raise ValueError(f"{folder} is no run's folder: it {what}; name one that train.py wrote")
+        saved = load_run(folder)
+        config, trained = saved["last"]["config"], sum(row["seconds"] for row in saved["last"]["log"])
+        paths, out = {which: folder / f"{which}.pt" for which in saved}, folder / "results.json"
+    else:
+        saved, trained = {"foreign": utils.load_checkpoint(args.checkpoint)}, 0.0
+        config = {key: vars(args)[key] for key in ("dataset", "arch", "checkpoint", "mean", "std")}
+        paths, out = {"foreign": Path(args.checkpoint)}, Path(f"{args.checkpoint}.results.json")
+    dataset = load_dataset(config["dataset"], args.data)
+    if args.limit is not None and args.limit > len(dataset.test_images):
+        raise ValueError(f"--limit {args.limit}: {dataset.name} has {len(dataset.test_images)} test images")
+    check_labels(dataset.name, args.data, dataset.test_labels)
+
+    entries, by_epoch = dict.fromkeys(saved), {}
+    for which, content in saved.items():
+        if args.run and args.only not in (None, which):
+            continue
+        epoch = content["epoch"] if args.run else None
+        if epoch not in by_epoch:  # best.pt and last.pt may be of one epoch
+            f = load_weights(paths[which], config["arch"], len(dataset.classes), content)
+            f = nn.Sequential(transforms.Normalize(args.mean, args.std), f) if args.mean else f
+            f = f.to(device, memory_format=torch.channels_last)
+            by_epoch[epoch] = {"epoch": epoch} | evaluate(f, dataset, args.data, config, dtype, args.limit)
+        entries[which] = by_epoch[epoch]
+    seconds = time.monotonic() - start
+    about = saved["last"] if args.run else {}
+    results = {
+        "dataset": dataset.name,
+        **{key: config.get(key) for key in ("arch", "method", "tag", "seed")},
+        "hparams": {key: value for key, value in config.items() if key not in NOT_HPARAMS},
+        "data_source": dataset.source,
+        "corruption_source": corruption_source(dataset.name, args.data),
+        "train_images": config.get("train_images"),
+        "test_images": args.limit or len(dataset.test_images),
+        "limit": args.limit,
+        "amp": config.get("amp"),
+        **{key: about.get(key) for key in ("device", "versions", "commit")},
+        "evaluation": {"amp": utils.amp_name(dtype), **utils.provenance(device)},
+        "evaluation_seconds": round(seconds, 1),
+        "wall_seconds": round(seconds + trained, 1),
+        **entries,
+    }
+    utils.write_json(args.out or out, results)
+    print_column(results, next(which for which in ("best", "last", "foreign") if results.get(which)))
+
+
+def print_column(results: dict, which: str) -> None:
+    """Print an evaluation as the paper's Table 3 column: percent, a corruption's mean over severities a row."""
+    e = results[which]
+    rows = [("Clean", e["clean"]["accuracy"]), ("mCA", e["mca"])]
+    rows += [("mCA of the usual 15", e["mca15"])] if "mca15" in e else []
+    for name, cells in e["corruptions"].items():
+        rows.append((name.replace("_", " "), np.mean([cell["accuracy"] for cell in cells])))
+    rows += [("RMS calibration error, clean", e["clean"]["rms_calibration_error"])]
+    rows += [("RMS calibration error, corrupt", e["corrupt_rms_calibration_error"])]
+    limit = f", first {results['limit']} images of each set" if results["limit"] else ""
+    name = f"{which}.pt (epoch {e['epoch']})" if e["epoch"] else "weights trained elsewhere"
+    print(f"{results['method'] or ''} {results['arch']}, {name}, on {results['dataset']} ({results['data_source']}), "
+          f"{results['corruption_source']} corruptions{limit}")  # fmt: skip
+    for label, value in rows:
+        print(f"  {label:<32}{value:6.2f}")
 
 
 # Results read back, for tables.py and figures.py
@@ -285,113 +379,6 @@ def group_runs(runs: dict[Path, dict]) -> list[Group]:
         else:
             group.seeds[content["seed"]] = content
     return list(groups.values())
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags. Raises ValueError naming the flag that is wrong."""
-    parser = utils.Parser(description="Clean and corrupted accuracy and calibration of a run, or of others' weights.")
-    flag = parser.add_argument
-    flag("run", nargs="?", help="a run's folder, as train.py wrote it")
-    flag("--checkpoint", help="a plain state dict trained elsewhere, instead of a run")
-    flag("--arch", choices=ARCHS, help="with --checkpoint: its network")
-    flag("--dataset", default="cifar10", help="with --checkpoint: its data set, as in train.py")
-    flag("--mean", type=utils.number(float), nargs=3, help="with --checkpoint: its normalisation; none by default")
-    flag("--std", type=utils.number(float, above=0), nargs=3, help="with --checkpoint: its normalisation")
-    flag("--data", default="data", help="the folder of the data sets and of CIFAR-10-C, CIFAR-100-C, DIGITS-C")
-    flag("--only", choices=("best", "last"), help="this checkpoint of the run alone")
-    flag("--limit", type=utils.number(int, low=1), help="the first N test images of each set alone")
-    flag("--device", default="auto", help="auto, cpu, cuda or cuda:<index>")
-    flag("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision, as in train.py")
-    flag("--out", help="the file for the results; by default results.json in the run, or <checkpoint>.results.json")
-    args = parser.parse_args(argv)
-    if (args.run is None) == (args.checkpoint is None):
-        raise ValueError("name a run's folder or --checkpoint FILE, one of the two")
-    if args.checkpoint and not args.arch:
-        raise ValueError("--checkpoint needs --arch, the network that the weights are of")
-    if (args.mean is None) != (args.std is None):
-        raise ValueError("--mean and --std go together")
-    if args.run and args.mean:
-        raise ValueError("--mean and --std are for --checkpoint; a run's network takes pixels in [0, 1]")
-    return args
-
-
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    device = utils.pick_device(args.device)
-    dtype = utils.amp_dtype(args.amp, device)
-    start = time.monotonic()
-    if args.run:
-        folder = Path(args.run)
-        if not (folder / "config.json").is_file():
-            what = "is a file" if folder.is_file() else "has no config.json" if folder.is_dir() else "is not there"
-            raise ValueError(f"{folder} is no run's folder: it {what}; name one that train.py wrote")
-        saved = {which: load_run(folder, which) for which in ("best", "last") if args.only in (None, which)}
-        config, out, trained = next(iter(saved.values()))["config"], folder / "results.json", train_seconds(folder)
-        paths = {which: folder / f"{which}.pt" for which in saved}
-    else:
-        saved = {"foreign": utils.load_checkpoint(args.checkpoint)}
-        config = {key: vars(args)[key] for key in ("dataset", "arch", "checkpoint", "mean", "std")}
-        out, trained, paths = Path(f"{args.checkpoint}.results.json"), 0.0, {"foreign": Path(args.checkpoint)}
-    dataset = load_dataset(config["dataset"], args.data)
-    if args.limit is not None and args.limit > len(dataset.test_images):
-        raise ValueError(f"--limit {args.limit}: {dataset.name} has {len(dataset.test_images)} test images")
-    check_labels(dataset.name, args.data, dataset.test_labels)
-
-    first, entries, by_epoch = next(iter(saved.values())), dict.fromkeys(("best", "last")) if args.run else {}, {}
-    for which, content in saved.items():
-        epoch = content.get("epoch") if args.run else None
-        if epoch is None or epoch not in by_epoch:  # best.pt and last.pt may be of one epoch
-            f = load_weights(paths[which], config["arch"], len(dataset.classes), content)
-            f = nn.Sequential(Normalize(args.mean, args.std), f) if args.mean else f
-            f = f.to(device, memory_format=torch.channels_last)
-            by_epoch[epoch] = {"epoch": epoch} | evaluate(f, dataset, args.data, config, dtype, args.limit)
-        entries[which] = by_epoch[epoch]
-    seconds = time.monotonic() - start
-    about = first if args.run else {}
-    results = {
-        "dataset": dataset.name,
-        **{key: config.get(key) for key in ("arch", "method", "tag", "seed")},
-        "hparams": {key: value for key, value in config.items() if key not in NOT_HPARAMS},
-        "data_source": dataset.source,
-        "corruption_source": corruption_source(dataset.name, args.data),
-        "train_images": config.get("train_images"),
-        "test_images": args.limit or len(dataset.test_images),
-        "limit": args.limit,
-        "amp": config.get("amp"),
-        **{key: about.get(key) for key in ("device", "versions", "commit")},
-        "evaluation": {"amp": utils.amp_name(dtype), **utils.provenance(device)},
-        "evaluation_seconds": round(seconds, 1),
-        "wall_seconds": round(seconds + trained, 1),
-        **entries,
-    }
-    utils.write_json(args.out or out, results)
-    print_column(results, next(which for which in ("best", "last", "foreign") if results.get(which)))
-
-
-def train_seconds(folder: Path) -> float:
-    """The sum of the seconds in a run's log.csv. Raises ValueError where it is damaged."""
-    try:
-        with open(folder / "log.csv", newline="") as rows:
-            return sum(float(row["seconds"]) for row in csv.DictReader(rows))
-    except (ValueError, TypeError, KeyError, csv.Error):
-        raise ValueError(f"{folder / 'log.csv'} is damaged; train.py --resume writes it anew") from None
-
-
-def print_column(results: dict, which: str) -> None:
-    """Print an evaluation as the paper's Table 3 column: percent, a corruption's mean over severities a row."""
-    e = results[which]
-    rows = [("Clean", e["clean"]["accuracy"]), ("mCA", e["mca"])]
-    rows += [("mCA of the usual 15", e["mca15"])] if "mca15" in e else []
-    for name, cells in e["corruptions"].items():
-        rows.append((name.replace("_", " "), np.mean([cell["accuracy"] for cell in cells])))
-    rows += [("RMS calibration error, clean", e["clean"]["rms_calibration_error"])]
-    rows += [("RMS calibration error, corrupt", e["corrupt_rms_calibration_error"])]
-    limit = f", first {results['limit']} images of each set" if results["limit"] else ""
-    name = f"{which}.pt (epoch {e['epoch']})" if e["epoch"] else "weights trained elsewhere"
-    print(f"{results['method'] or ''} {results['arch']}, {name}, on {results['dataset']} ({results['data_source']}), "
-          f"{results['corruption_source']} corruptions{limit}")  # fmt: skip
-    for label, value in rows:
-        print(f"  {label:<32}{value:6.2f}")
 
 
 if __name__ == "__main__":

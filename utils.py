@@ -7,16 +7,17 @@ import json
 import math
 import os
 import platform
-import signal
+import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import IO, NoReturn
 
+import numpy
+import scipy
 import torch
 
 
@@ -53,30 +54,22 @@ def pick_device(name: str = "auto") -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
+    if name == "cpu":
+        return torch.device("cpu")
+    if not re.fullmatch(r"cuda(:\d+)?", name):
         raise ValueError(f"--device {name}: no such device; use auto, cpu, cuda or cuda:<index>")
-    if device.type == "cpu":
-        return device
-    index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if index >= count:
-        raise ValueError(f"--device {name}: torch sees {count} CUDA devices here; try --device cpu")
+    index = int(name[5:] or os.environ.get("LOCAL_RANK", 0))
+    if index >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices here; try --device cpu")
     device = torch.device("cuda", index)
-    torch.cuda.set_device(device)
     try:
+        torch.cuda.set_device(device)
         torch.ones(1, device=device).add(1).item()
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:120]
-        raise ValueError(f"--device {name}: torch {torch.__version__} does not run on this GPU ({reason}); the README"
-                         " names a build for V100s") from None  # fmt: skip
-    torch.set_float32_matmul_precision("high")
+        raise ValueError(f"--device {name}: torch {torch.__version__} does not run on this GPU ({str(error)[:120]});"
+                         " the README names a build for V100s") from None  # fmt: skip
     torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = False  # `--amp off` means float32
     return device
 
 
@@ -119,12 +112,11 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
 
     Raises OSError naming the file when it cannot be written (a full disk); `path` is then as it was.
     """
-    path, temporary = Path(path), None
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        os.fchmod(handle, 0o644)
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -132,8 +124,8 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
     except OSError as error:
         raise OSError(f"cannot write {path}: {error.strerror or error}; what was there before is kept") from error
     finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+        if temporary.exists():
+            temporary.unlink()
 
 
 def write_json(path: str | Path, content: object) -> None:
@@ -143,14 +135,11 @@ def write_json(path: str | Path, content: object) -> None:
 
 
 def read_json(path: str | Path) -> dict:
-    """Read a JSON object. Raises FileNotFoundError, or ValueError naming the file where it holds anything else."""
+    """Read a JSON object. Raises FileNotFoundError, or ValueError naming the file where it is damaged."""
     try:
-        content = json.loads(Path(path).read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({str(error)[:80]}); delete it or write it anew") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a JSON {type(content).__name__}, not an object; delete it or write it anew")
-    return content
+        return json.loads(Path(path).read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); delete it or write it anew") from None
 
 
 def save_checkpoint(path: str | Path, content: dict) -> None:
@@ -193,21 +182,17 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}; --help shows the flags")
 
 
-def number(kind: type, low: float = -math.inf, high: float = math.inf, above: float = -math.inf) -> Callable:
-    """An argparse type: a finite int or float in [low, high] and greater than `above`."""
+def number(kind: type, low: float = -math.inf, above: float = -math.inf) -> Callable:
+    """An argparse type: a finite int or float, at least `low` and greater than `above`."""
 
     def parse(text: str) -> int | float:
-        try:
-            value = kind(text)
-        except ValueError:
-            wanted = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None
-        if not -math.inf < value < math.inf or not low <= value <= high or value <= above:
+        value = kind(text)
+        if not low <= value < math.inf or value <= above:  # NaN fails
             wanted = f"above {above:g}" if above > -math.inf else f"at least {low:g}"
-            wanted += f" and at most {high:g}" if high < math.inf else ""
             raise argparse.ArgumentTypeError(f"{text} is out of range, it must be {wanted}")
         return value
 
+    parse.__name__ = kind.__name__  # which argparse names where kind(text) raises
     return parse
 
 
@@ -218,11 +203,11 @@ def run_main(main: Callable[[], int | None]) -> int:
         return main() or 0
     except KeyboardInterrupt:
         print(f"{script}: interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
+        return 130  # as shells have it: 128 + SIGINT
     except torch.OutOfMemoryError:
         print(f"{script}: the GPU's memory is full; --recompute or a smaller --batch-size needs less", file=sys.stderr)
     except (ValueError, OSError) as error:
-        print(f"{script}: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        print(f"{script}: {' '.join(str(error).split())}", file=sys.stderr)
     return 2
 
 
@@ -231,9 +216,6 @@ def run_main(main: Callable[[], int | None]) -> int:
 
 def provenance(device: torch.device) -> dict[str, object]:
     """What a result depends on besides its flags: "device" in words, "versions" of packages, "commit" of this code."""
-    import numpy
-    import scipy
-
     versions = {
         "python": platform.python_version(),
         "torch": str(torch.__version__),  # a plain string: weights_only refuses torch's own type
@@ -248,21 +230,15 @@ def describe(device: torch.device) -> str:
     """The card's name, or the processor's and its thread count."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    model = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as lines:
-            model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
-    return f"{model}, {torch.get_num_threads()} threads"
+    cpuinfo = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return f"{model[1] if model else platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def commit() -> str:
     """The commit of this code, `+changes` behind it when tracked files differ; `unknown` outside a git checkout."""
-    here = Path(__file__).resolve().parent
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
     try:
-        head, changes = (
-            subprocess.run(["git", *command], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "-uno"])
-        )
+        return subprocess.check_output(command, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True).strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return head + ("+changes" if changes else "")

@@ -20,24 +20,27 @@ FOREIGN = "evaluate.py --data {d} --device cpu --dataset {d}/mine.npz --checkpoi
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder of good and bad files: mine.npz, its corrupted set, a run, and what their names say."""
+    """A folder of good and bad files: data sets, corrupted sets, runs, checkpoints. Their names say what is wrong."""
     d, images = tmp_path_factory.mktemp("errors"), np.random.default_rng(0).integers(0, 256, (16, 32, 32, 3), np.uint8)
     good = {"train_images": images, "train_labels": np.arange(16) % 4, "test_images": images[:4],
             "test_labels": np.arange(4)}  # fmt: skip
     for name, changes in {"mine": {}, "cifar10": {}, "shape": {"train_images": images.transpose(0, 3, 1, 2)},
-                          "dtype": {"test_images": images[:4] / 255}, "labels": {"train_labels": np.arange(16) - 1},
-                          "short": {"train_labels": np.arange(15)}}.items():  # fmt: skip
+                          "dtype": {"test_images": images[:4] / 255}, "empty": {"test_images": images[:0]},
+                          "negative": {"train_labels": np.arange(16) - 1}, "short": {"train_labels": np.arange(15)},
+                          "fractions": {"test_labels": np.arange(4) / 2}, "names": {"classes": np.array(["a", "b"])},
+                          "objects": {"source": np.array([None])}}.items():  # fmt: skip
         np.savez(d / f"{name}.npz", **good | changes)
+    np.savez(d / "lacks.npz", train_images=images)
     (d / "cut.npz").write_bytes((d / "mine.npz").read_bytes()[:5000])
-    for root in ("", "others", "cut", "form", "few"):
+    zeros = np.zeros((20, 32, 32, 3), np.uint8)
+    for root, snow in {"": zeros, "others": zeros, "cut": zeros, "form": zeros[..., 0], "floats": zeros / 255,
+                       "odd": zeros[:19], "few": zeros[:15]}.items():  # fmt: skip
         folder = d / root / "mine-C"
         folder.mkdir(parents=True)
         for name in CORRUPTIONS:
-            np.save(folder / f"{name}.npy", np.zeros((20, 32, 32, 3), np.uint8))
+            np.save(folder / f"{name}.npy", snow if name == "snow" else zeros)
         np.save(folder / "labels.npy", np.tile(good["test_labels"] + (root == "others"), 5))
     (d / "cut/mine-C/snow.npy").write_bytes((d / "mine-C/snow.npy").read_bytes()[:5000])
-    np.save(d / "form/mine-C/snow.npy", np.zeros((20, 32, 32), np.uint8))
-    np.save(d / "few/mine-C/snow.npy", np.zeros((15, 32, 32, 3), np.uint8))
     train.main([*TRAIN.format(d=d).split()[1:], "--out", str(d / "run")])
     for name in ("unfinished", "never", "cut-run", "no-run"):
         shutil.copytree(d / "run", d / name)
@@ -59,8 +62,8 @@ OUT_OF_RANGE = {"--seed": -1, "--epochs": 0, "--batch-size": 0, "--lr": 0, "--we
 NEW = f"{TRAIN} --out {{d}}/new"
 CASES = [
     *((f"train.py {flag} {value}", f"argument {flag}: {value} is out of") for flag, value in OUT_OF_RANGE.items()),
-    ("train.py --lr fast", "argument --lr: 'fast' is not a number"),
-    ("train.py --epochs 1.5", "argument --epochs: '1.5' is not a whole number"),
+    ("train.py --lr fast", "argument --lr: invalid float value: 'fast'"),
+    ("train.py --epochs 1.5", "argument --epochs: invalid int value: '1.5'"),
     ("train.py --method magma", "argument --method: invalid choice: 'magma' (choose from"),
     ("train.py --arch vgg", "argument --arch: invalid choice: 'vgg' (choose from"),
     ("train.py --learning-rate 1", "unrecognized arguments: --learning-rate 1; --help shows the flags"),
@@ -68,17 +71,23 @@ CASES = [
     ("train.py --n 0", "MAGNMA needs at least one sample"),
     ("train.py --device tpu", "--device tpu: no such device; use auto, cpu, cuda"),
     ("train.py --device cuda", "--device cuda: torch sees 0 CUDA devices here; try --device cpu"),
-    ("train.py --data {d}/none", "no whole cifar10 in {d}/none/cifar-10-batches-py, and https://www.cs.toronto.edu"),
+    ("train.py --data {d}/none", "no whole cifar10 in {d}/none/cifar-10-batches-py, and https://www.cs.toronto.edu/~kriz/"
+     "cifar-10-python.tar.gz cannot be had (Name or service not known); unpack that archive into {d}/none,"),
     (f"{NEW} --batch-size 17", "--batch-size 17 is more than the 16 training images"),
     (f"{NEW} --subset 4", "--batch-size 8 is more than the 4 training images"),
     (f"{NEW} --subset 17", "--subset 17: mine has 16 training images"),
-    (f"{NEW} --dataset {{d}}/cifar10.npz", "cifar10 is a data set's name here; rename it"),
+    (f"{NEW} --dataset {{d}}/cifar10.npz", "cifar10 is a data set's name here; rename the file"),
     (f"{NEW} --dataset {{d}}/none.npz", "none.npz: there is no such file"),
-    (f"{NEW} --dataset {{d}}/cut.npz", "cut.npz is damaged, or no .npz of plain arrays"),
+    (f"{NEW} --dataset {{d}}/cut.npz", "cut.npz is damaged, or lacks one of the plain arrays train_images,"),
+    (f"{NEW} --dataset {{d}}/objects.npz", "objects.npz is damaged, or lacks one of the plain arrays train_images,"),
+    (f"{NEW} --dataset {{d}}/lacks.npz", "train_images, train_labels, test_images and test_labels ('train_labels')"),
     (f"{NEW} --dataset {{d}}/shape.npz", "train_images is uint8 (16, 3, 32, 32), not uint8 (N, 32, 32, 3)"),
-    (f"{NEW} --dataset {{d}}/dtype.npz", "test_images is float64"),
-    (f"{NEW} --dataset {{d}}/labels.npz", "train_labels is int64 (16,), not 16 integers >= 0"),
+    (f"{NEW} --dataset {{d}}/dtype.npz", "test_images is float64 (4, 32, 32, 3), not uint8 (N, 32, 32, 3)"),
+    (f"{NEW} --dataset {{d}}/empty.npz", "test_images is uint8 (0, 32, 32, 3), not uint8 (N, 32, 32, 3)"),
+    (f"{NEW} --dataset {{d}}/negative.npz", "train_labels is int64 (16,), not 16 integers >= 0"),
     (f"{NEW} --dataset {{d}}/short.npz", "train_labels is int64 (15,), not 16 integers"),
+    (f"{NEW} --dataset {{d}}/fractions.npz", "test_labels is float64 (4,), not 4 integers"),
+    (f"{NEW} --dataset {{d}}/names.npz", "names.npz names 2 classes, but its labels go up to 3"),
     (f"{TRAIN} --out {{d}}/run", "{d}/run holds a run already; --resume goes on with it"),
     (f"{TRAIN} --out {{d}}/run --resume --lr 0.5", "was begun with --lr 0.1 (now 0.5)"),
     (f"{TRAIN} --out {{d}}/cut-run --resume", "cut-run/last.pt is damaged, or no checkpoint of torch's"),
@@ -90,7 +99,7 @@ CASES = [
     ("evaluate.py {d}/never", "no checkpoint {d}/never/best.pt; train first"),
     ("evaluate.py {d}/unfinished", "{d}/unfinished is unfinished (1 of 2 epochs); train with --resume"),
     ("evaluate.py {d}/cut-run", "cut-run/last.pt is damaged"),
-    ("evaluate.py {d}/no-run", "{d}/no-run/best.pt is no checkpoint of train.py"),
+    ("evaluate.py {d}/no-run", "{d}/no-run holds no checkpoints of train.py ('config' is missing); train again"),
     ("evaluate.py {d}/run --mean 0 0 0 --std 1 1 1", "--mean and --std are for --checkpoint"),
     (f"{EVALUATE} --limit 5", "--limit 5: mine has 4 test images"),
     (f"{EVALUATE} --data {{d}}/none", "no {d}/none/mine-C/labels.npy; make it with `python corruptions.py"),
@@ -98,6 +107,8 @@ CASES = [
     (f"{EVALUATE} --data {{d}}/cut", "cut/mine-C/snow.npy is damaged"),
     (f"{EVALUATE} --data {{d}}/few", "snow.npy holds 3 images a severity, not 4"),
     (f"{EVALUATE} --data {{d}}/form", "snow.npy is uint8 (20, 32, 32), not uint8 (5N, 32, 32, 3); make it anew"),
+    (f"{EVALUATE} --data {{d}}/floats", "snow.npy is float64 (20, 32, 32, 3), not uint8 (5N, 32, 32, 3)"),
+    (f"{EVALUATE} --data {{d}}/odd", "snow.npy is uint8 (19, 32, 32, 3), not uint8 (5N, 32, 32, 3)"),
     (f"{FOREIGN} {{d}}/run/best.pt", "--checkpoint needs --arch, the network that the weights are of"),
     (f"{FOREIGN} {{d}}/none.pt --arch resnet20", "no checkpoint {d}/none.pt"),
     (f"{FOREIGN} {{d}}/run/best.pt --arch resnet18", "best.pt: the checkpoint does not fit this network: conv1.weight"),
@@ -114,7 +125,7 @@ def test_bad_input_is_one_line_and_exit_code_2(place, tmp_path, monkeypatch, cap
         raise OSError("Name or service\nnot known")
 
     monkeypatch.setattr(utils.import_torchvision().datasets.utils, "download_url", offline)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(sys, "argv", [word.format(d=place) for word in command.split()])
     monkeypatch.chdir(tmp_path)
     script = sys.argv[0]

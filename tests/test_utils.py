@@ -1,11 +1,10 @@
-"""What every script needs: seeds, whole files, devices and precision, one-line errors, provenance."""
+"""What every script needs: seeds, whole files, torchvision, devices and precision, one-line errors, provenance."""
 
-import errno
 import hashlib
 import os
 import resource
-import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -25,9 +24,6 @@ def test_seed_depends_on_its_key_alone():
     assert torch.initial_seed() == int.from_bytes(hashlib.sha256(b"(0, 3)").digest()[:8], "little")
 
 
-# Files
-
-
 def test_atomic_write_takes_the_files_place_or_leaves_all_as_it_was(tmp_path):
     path = tmp_path / "new" / "f"
     with utils.atomic_write(path) as file:
@@ -37,24 +33,15 @@ def test_atomic_write_takes_the_files_place_or_leaves_all_as_it_was(tmp_path):
         file.write(b"half" * (1 // 0))
     assert path.read_bytes() == b"before"
     assert os.listdir(path.parent) == ["f"]
-    assert path.stat().st_mode & 0o777 == 0o644
 
 
-@pytest.mark.parametrize("call", ["write", "fsync", "replace"])
-def test_a_disk_that_fills_keeps_the_last_checkpoint(tmp_path, monkeypatch, call):
+def test_a_disk_that_fills_keeps_the_last_checkpoint(tmp_path):
     path = tmp_path / "last.pt"
     utils.save_checkpoint(path, {"epoch": 1})
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20000, limit[1]))  # half of the next one fits
     try:
-        if call == "write":  # half of it fits
-            resource.setrlimit(resource.RLIMIT_FSIZE, (20000, limit[1]))
-        else:
-            monkeypatch.setattr(os, call, full)
-        with pytest.raises(OSError, match=r"cannot write .*last\.pt: (No space|File too large).*before is kept"):
+        with pytest.raises(OSError, match=r"cannot write .*last\.pt: File too large; what was there before is kept"):
             utils.save_checkpoint(path, {"epoch": 2, "model": {"w": torch.zeros(10000)}})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
@@ -62,44 +49,28 @@ def test_a_disk_that_fills_keeps_the_last_checkpoint(tmp_path, monkeypatch, call
     assert os.listdir(tmp_path) == ["last.pt"]
 
 
-def test_json_is_an_object_of_finite_numbers(tmp_path):
+def test_json_is_of_finite_numbers(tmp_path):
     utils.write_json(tmp_path / "a.json", {"x": [1, 2.5, None]})
     with pytest.raises(ValueError, match="nan"):
         utils.write_json(tmp_path / "a.json", {"x": float("nan")})
     assert utils.read_json(tmp_path / "a.json") == {"x": [1, 2.5, None]}
 
 
-# Torchvision, device, precision
-
-
-def test_torchvision_imports_in_a_new_process_and_is_left_alone_where_it_fits(root):
-    """Declaring its operators beside a matching torchvision would abort the process."""
-    code = (
-        "import sys, types, torch, utils\n"
-        "tv = utils.import_torchvision()\n"
-        "assert tv is utils.import_torchvision()\n"
-        "import torchvision.datasets, torchvision.models\n"
-        "print(torchvision.models.resnet18(num_classes=2).fc.out_features)\n"
-        "sys.modules['torchvision'] = fits = types.ModuleType('torchvision')\n"
-        "torch.library.Library = None\n"  # calling it would fail
-        "assert utils.import_torchvision() is fits\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "2\n"), done.stderr
-
-
-def test_other_errors_of_torchvision_are_not_hidden(monkeypatch, tmp_path):
+def test_torchvisions_operators_are_declared_only_where_they_do_not_fit(monkeypatch, tmp_path):
+    """A second declaration would abort the process. (That its import works elsewhere, all other tests show.)"""
+    monkeypatch.setattr(torch.library, "Library", None)  # calling it would fail
+    fits = types.ModuleType("torchvision")
+    monkeypatch.setitem(sys.modules, "torchvision", fits)
+    assert utils.import_torchvision() is fits
+    monkeypatch.delitem(sys.modules, "torchvision")
     (tmp_path / "torchvision.py").write_text("raise RuntimeError('something else')")
     monkeypatch.syspath_prepend(tmp_path)
-    for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(torch.library, "Library", None)  # nor is an operator declared
     with pytest.raises(RuntimeError, match="something else"):
         utils.import_torchvision()
 
 
-def test_devices_and_precision(monkeypatch):
-    cpu, card = utils.pick_device("cpu"), torch.device("cuda", 0)
+def test_precision(monkeypatch):
+    cpu, card = torch.device("cpu"), torch.device("cuda", 0)
     names = {amp: utils.amp_name(utils.amp_dtype(amp, cpu)) for amp in ("auto", "bf16", "fp16", "off")}
     assert names == {"auto": "off", "bf16": "bf16", "fp16": "fp16", "off": "off"}
     for capability, name in (((7, 0), "fp16"), ((7, 5), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16")):
@@ -109,11 +80,16 @@ def test_devices_and_precision(monkeypatch):
     for dtype, wanted in ((torch.bfloat16, torch.bfloat16), (None, torch.float32)):
         with utils.autocast(cpu, dtype):
             assert layer(x).dtype is wanted
-    with pytest.raises(ValueError, match=r"--device meta: no such device"):
-        utils.pick_device("meta")
 
 
-# The command line
+def test_a_gpu_that_this_torch_has_no_kernels_for(monkeypatch):
+    def refuse(_):
+        raise RuntimeError("CUDA error: no kernel image\nis available")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", refuse)
+    with pytest.raises(ValueError, match=r"--device cuda: .* does not run on this GPU \(CUDA error: no kernel"):
+        utils.pick_device("cuda")
 
 
 def test_run_main_ends_in_one_line_and_an_exit_code(capsys, monkeypatch):
@@ -127,11 +103,9 @@ def test_run_main_ends_in_one_line_and_an_exit_code(capsys, monkeypatch):
     assert [utils.run_main(lambda code=code: code) for code in (None, 0, 1)] == [0, 0, 1]
     assert end(ValueError("two\nlines")) == (2, "train.py: two lines\n")
     assert end(FileNotFoundError("no such run")) == (2, "train.py: no such run\n")
-    assert end(OSError()) == (2, "train.py: OSError\n")
     assert end(KeyboardInterrupt()) == (130, "train.py: interrupted\n")
     code, line = end(torch.OutOfMemoryError("CUDA\nout of memory"))
-    assert code == 2
-    assert "GPU's memory is full; --recompute or a smaller --batch-size" in line
+    assert (code, "GPU's memory is full" in line, line.count("\n")) == (2, True, 1)
     with pytest.raises(ZeroDivisionError):  # an error of ours keeps its traceback
         end(ZeroDivisionError())
 
@@ -139,7 +113,6 @@ def test_run_main_ends_in_one_line_and_an_exit_code(capsys, monkeypatch):
 def test_provenance_is_plain_strings_that_a_checkpoint_may_hold(tmp_path):
     about = utils.provenance(torch.device("cpu"))
     assert about.keys() == {"device", "versions", "commit"}
-    assert all(type(v) is str for v in (about["device"], about["commit"], *about["versions"].values()))
     assert about["versions"].keys() == {"python", "torch", "numpy", "scipy", "cuda"}
     utils.save_checkpoint(tmp_path / "a.pt", about)
     assert utils.load_checkpoint(tmp_path / "a.pt") == about
