@@ -9,6 +9,7 @@ bit for bit, the geometric ones within one level on 99% of the values.
 """
 
 from collections.abc import Callable
+from itertools import permutations
 
 import torch
 import torch.nn.functional as F
@@ -20,19 +21,19 @@ ROTATE, SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y = range(len(A), len(OPERATION
 
 JITTER = 0.25  # Sec. 4: colour jitter, factors in [1 - JITTER, 1 + JITTER]
 DEGREES = 2.0  # Sec. 4: rotation, angles in [-DEGREES, DEGREES]
-PADDING = 4
-CHUNK, LARGE_CHUNK = 128, 8192  # images at a time: on a CPU 1.5 MB of float32 values, which stay in its cache
-JITTER_ORDERS = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))  # brightness, contrast, saturation
+PADDING = 4  # Sec. 4: random crop
+WIDTH, DEPTH = 3, 3  # AugMix: chains of an image, and the most operations of a chain
+CHUNK, LARGE_CHUNK = 128, 8192  # images at a time on a CPU (1.5 MB of float32 values stay in its cache) and on a GPU
 
 
 def in_pieces(function: Callable[..., Tensor], images: Tensor, *arguments: Tensor) -> Tensor:
-    """function(images, *arguments), an image for each of images, made of as many at a time as suit the device."""
+    """function(images, *arguments), for as many images at a time as suit the device. The result is the same."""
     size = CHUNK if images.device.type == "cpu" else LARGE_CHUNK
     if len(images) <= size:
         return function(images, *arguments)
     pieces = zip(*(values.split(size) for values in (images, *arguments)), strict=True)
     first = function(*next(pieces))
-    result = torch.empty((len(images), *first.shape[1:]), dtype=first.dtype, device=first.device)
+    result = first.new_empty(len(images), *first.shape[1:])
     result[:size] = first
     for k, piece in enumerate(pieces, 1):
         result[k * size : (k + 1) * size] = function(*piece)
@@ -45,7 +46,7 @@ def in_pieces(function: Callable[..., Tensor], images: Tensor, *arguments: Tenso
 def autocontrast(images: Tensor) -> Tensor:
     """Stretch each channel to the full range; a channel of one level stays. uint8 (B, 3, H, W) -> the same."""
     check_levels(images)
-    pixels = images.flatten(2).int()  # compiled for CPUs by torch 2.13, the minimum of uint8 is wrong
+    pixels = images.flatten(2)
     lo, hi = pixels.amin(2, keepdim=True).double(), pixels.amax(2, keepdim=True).double()
     level = torch.arange(256, dtype=torch.float64, device=images.device)
     # Pillow's float64 to the last bit; `255 / tensor` would be a reciprocal and a product, rounded twice
@@ -147,8 +148,8 @@ def crop_and_flip(images: Tensor, crop: Tensor) -> Tensor:
 
 
 def translate(images: Tensor, shift: Tensor) -> Tensor:
-    """Pillow's transform(AFFINE, (1, 0, x, 0, 1, y)) for whole pixels, shift (B, 2) = (x, y). uint8 -> the same."""
-    dx, dy = shift.int().to(images.device, non_blocking=True).view(-1, 2, 1, 1).unbind(1)
+    """Pillow's transform(AFFINE, (1, 0, x, 0, 1, y)), shift int32 (B, 2) = (x, y) in pixels. uint8 -> the same."""
+    dx, dy = shift.view(-1, 2, 1, 1).unbind(1)
     y, x = _rows_and_columns(images)
     return _pick(images, y + dy, x + dx)
 
@@ -174,7 +175,7 @@ def colour_jitter(images: Tensor, order: Tensor, factors: Tensor) -> Tensor:
     """Brightness (0), contrast (1), saturation (2), in each image's order (B, 3) with its factors (B, 3).
 
     Each is Pillow's blend f x + (1 - f) other, truncated to a level, with black, the mean grey or each pixel's grey as
-    `other`. All values on the way are whole numbers below 2**24, so float32 is exact. uint8 -> uint8 (B, 3, H, W).
+    `other`, in float32 as Pillow does it; the greys' sums are whole numbers below 2**24. uint8 -> uint8 (B, 3, H, W).
     """
     x = images.float()
     for kind in order.long().view(-1, 3, 1, 1).unbind(1):
@@ -191,32 +192,34 @@ def preprocess(u8: Tensor, hflip: bool) -> Tensor:
     """Sec. 4's preprocessing: random crop with padding 4, mirroring (if hflip), colour jitter 0.25, rotation up to 2
     degrees (nearest, black), as torchvision's transforms do on Pillow images. uint8 (N, 3, S, S) -> the same.
 
-    Meant for all images of an epoch at once."""
+    Meant for all images of an epoch at once.
+    """
     check_levels(u8)
-    count, _, size, _ = u8.shape
+    crop, order, factors, degrees = draw_preprocessing(len(u8), hflip)
+    matrix = fixed_point(rotation_matrix(degrees, u8.shape[2]))
+
+    def apply(images: Tensor, crop: Tensor, order: Tensor, factors: Tensor, matrix: Tensor) -> Tensor:
+        return rotate_nearest(colour_jitter(crop_and_flip(images, crop), order, factors), matrix)
+
+    draws = (values.to(u8.device, non_blocking=True) for values in (crop, order, factors, matrix))
+    return in_pieces(apply, u8, *draws)
+
+
+def draw_preprocessing(count: int, hflip: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The draws of `preprocess` on the host: crop, order and factors (count, 3), degrees (count,)."""
     corner = torch.randint(0, 2 * PADDING + 1, (count, 2))
     mirrored = torch.randint(0, 2, (count, 1)) if hflip else torch.zeros(count, 1, dtype=torch.int64)
-    order = torch.tensor(JITTER_ORDERS)[torch.randint(0, len(JITTER_ORDERS), (count,))]
+    order = torch.tensor(list(permutations(range(3))))[torch.randint(0, 6, (count,))]
     factors = 1 + JITTER * (2 * torch.rand(count, 3) - 1)
-    matrix = fixed_point(rotation_matrix(DEGREES * (2 * torch.rand(count) - 1), size))
-    draws = (torch.cat([corner, mirrored], 1), order, factors, matrix)
-    return in_pieces(apply_preprocessing, u8, *(values.to(u8.device, non_blocking=True) for values in draws))
-
-
-def apply_preprocessing(images: Tensor, crop: Tensor, order: Tensor, factors: Tensor, matrix: Tensor) -> Tensor:
-    """Crop, mirror, colour jitter, rotation; draws nothing. uint8 (B, 3, H, W) -> the same."""
-    return rotate_nearest(colour_jitter(crop_and_flip(images, crop), order, factors), matrix)
+    degrees = DEGREES * (2 * torch.rand(count) - 1)
+    return torch.cat([corner, mirrored], 1), order, factors, degrees
 
 
 # MAGNMA's perturbations (Sec. 3 (a) and (b), Algorithm 1)
 
 
 def gaussian_noise(x: Tensor, sigma_max: float) -> Tensor:
-    """x + delta, delta ~ N(0, sigma^2 I), sigma ~ U(0, sigma_max) per image, not clipped. (B, 3, H, W) -> the same.
-
-    Raises ValueError for a negative sigma_max."""
-    if not sigma_max >= 0:
-        raise ValueError(f"sigma_max {sigma_max}: must be zero or more")
+    """x + delta, delta ~ N(0, sigma^2 I), sigma ~ U(0, sigma_max) per image, not clipped. (B, 3, H, W) -> the same."""
     sigma = sigma_max * torch.rand(len(x), 1, 1, 1, dtype=x.dtype, device=x.device)
     return x + sigma * torch.randn_like(x)
 
@@ -224,7 +227,8 @@ def gaussian_noise(x: Tensor, sigma_max: float) -> Tensor:
 def mixed_augmentation(x: Tensor, beta: float) -> Tensor:
     """x_a(w) = w x + (1 - w) T_a(x), drawn anew for each image: a ~ U(A), w ~ Beta(beta, beta). [0, 1] -> [0, 1].
 
-    T_a works on the nearest of 256 levels. Raises ValueError unless beta is positive."""
+    x is (B, 3, S, S); T_a works on the nearest of 256 levels. Raises ValueError unless beta is positive.
+    """
     a, v, w = draw_mixed(len(x), beta)
     w = w.to(x.device, x.dtype, non_blocking=True).view(-1, 1, 1, 1)
     return in_pieces(mix, x, w, operate(in_pieces(to_levels, x), a, v))
@@ -233,14 +237,14 @@ def mixed_augmentation(x: Tensor, beta: float) -> Tensor:
 def draw_mixed(count: int, beta: float) -> tuple[Tensor, Tensor, Tensor]:
     """The draws of `mixed_augmentation`, each (count,) on the host: a, an index into A; its level v; w.
 
-    The paper's intensity u ~ U{1..10} is a severity, as in AugMix: the level is v ~ U(0.1, u)."""
-    if not beta > 0:
-        raise ValueError(f"beta {beta}: must be above zero")
+    The paper's intensity u ~ U{1..10} is a severity, as in AugMix: the level is v ~ U(0.1, u).
+    """
     a = torch.randint(0, len(A), (count,))
     u = torch.randint(1, 11, (count,))
     v = 0.1 + (u - 0.1) * torch.rand(count, dtype=torch.float64)
-    w = torch.distributions.Beta(torch.tensor(beta, dtype=torch.float64), torch.tensor(beta, dtype=torch.float64))
-    return a, v, w.sample((count,))
+    concentration = torch.tensor(beta, dtype=torch.float64)
+    w = torch.distributions.Beta(concentration, concentration).sample((count,))  # refuses beta <= 0
+    return a, v, w
 
 
 def mix(x: Tensor, w: Tensor, levels: Tensor) -> Tensor:
@@ -264,20 +268,25 @@ def to_uint8(x: Tensor) -> Tensor:
 def operate(images: Tensor, op: Tensor, v: Tensor) -> Tensor:
     """Apply to each image its operation, an index into OPERATIONS (-1: none), at level |v| in [0.1, 10].
 
-    images uint8 (B, 3, S, S); op, v (B,) on the host. AugMix's scale: posterize keeps 4 - floor(4 |v| / 10) bits,
-    solarize inverts from 256 - floor(256 |v| / 10), rotation by floor(30 |v| / 10) degrees, shear 0.3 |v| / 10,
-    translation by floor(S / 3 |v| / 10) pixels; the sign of v is the direction of the last three.
+    images uint8 (B, 3, S, S); op, v (B,) on the host. AugMix's scale: posterize keeps 4 - floor(4 |v| / 10) bits, at
+    least one; solarize inverts from 256 - floor(256 |v| / 10); rotation by floor(30 |v| / 10) degrees, shear
+    0.3 |v| / 10, translation by floor(S / 3 |v| / 10) pixels, and the sign of v is the direction of these three.
     """
-    device, order = images.device, op.argsort()  # so that images of one operation are neighbours
+    order = op.argsort()  # so that images of one operation are neighbours
     op, v = op[order], v[order].double()
-    counts = torch.bincount(op + 1, minlength=len(OPERATIONS) + 1).tolist()
+    counts = torch.bincount(op + 1, minlength=len(OPERATIONS) + 1).tolist()  # of none and of each operation
+    # the groups: none, the four of A, rotation and shears together, translations together
     sizes = [*counts[: ROTATE + 1], sum(counts[ROTATE + 1 : TRANSLATE_X + 1]), sum(counts[TRANSLATE_X + 1 :])]
-    bits = (4 - (4 * v.abs() / 10).floor()).clamp(min=1).int().to(device, non_blocking=True).split(sizes)
-    threshold = (256 - (256 * v.abs() / 10).floor()).int().to(device, non_blocking=True).split(sizes)
+
+    def grouped(values: Tensor) -> tuple[Tensor, ...]:
+        return values.to(images.device, non_blocking=True).split(sizes)
+
+    bits = grouped((4 - (4 * v.abs() / 10).floor()).clamp(min=1).int())
+    threshold = grouped((256 - (256 * v.abs() / 10).floor()).int())
     matrix = _augmix_matrix(op, v, images.shape[2]).split(sizes)
     pixels = (images.shape[2] / 3 * v / 10).trunc()
-    shift = torch.stack([pixels * (op == TRANSLATE_X), pixels * (op == TRANSLATE_Y)], 1).split(sizes)
-    groups = images.index_select(0, order.to(device, non_blocking=True)).split(sizes)
+    shift = grouped(torch.stack([pixels * (op == TRANSLATE_X), pixels * (op == TRANSLATE_Y)], 1).int())
+    groups = images.index_select(0, order.to(images.device, non_blocking=True)).split(sizes)
     results = [
         groups[0],
         in_pieces(autocontrast, groups[1]),
@@ -287,7 +296,7 @@ def operate(images: Tensor, op: Tensor, v: Tensor) -> Tensor:
         in_pieces(affine, groups[5], matrix[5]),
         in_pieces(translate, groups[6], shift[6]),
     ]
-    return torch.cat(results).index_select(0, order.argsort().to(device, non_blocking=True))
+    return torch.cat(results).index_select(0, order.argsort().to(images.device, non_blocking=True))
 
 
 def _augmix_matrix(op: Tensor, v: Tensor, size: int) -> Tensor:
@@ -298,27 +307,33 @@ def _augmix_matrix(op: Tensor, v: Tensor, size: int) -> Tensor:
     return torch.where((op == ROTATE).unsqueeze(1), rotated, sheared)
 
 
-def augmix(x: Tensor, width: int = 3, depth: int = 3) -> Tensor:
-    """(1 - m) x + m sum_i w_i chain_i(x), m ~ Beta(1, 1), w ~ Dirichlet(1): `width` chains of 1 to `depth` operations.
+def augmix(x: Tensor) -> Tensor:
+    """(1 - m) x + m sum_i w_i chain_i(x), drawn anew for each image. [0, 1] (B, 3, S, S) -> the same.
 
-    Each operation is one of nine at a level v ~ U(0.1, u) with a random sign, u ~ U{1..10} the image's severity; its
-    result is rounded down to uint8, chains are mixed in float. [0, 1] (B, 3, S, S) -> the same.
+    Each of the three chains is of 1 to 3 operations one after another on levels, m ~ Beta(1, 1), w ~ Dirichlet(1).
     """
-    count, device, dtype = len(x), x.device, x.dtype
-    length = torch.randint(1, depth + 1, (count, width, 1))
-    op = torch.randint(0, len(OPERATIONS), (count, width, depth))
-    u = torch.randint(1, 11, (count, 1, 1))
-    v = 0.1 + (u - 0.1) * torch.rand(count, width, depth, dtype=torch.float64)
-    v = v * (2 * torch.randint(0, 2, (count, width, depth)) - 1)
-    op = torch.where(torch.arange(depth) < length, op, -1)
-    op, v = op.transpose(0, 1).reshape(-1, depth), v.transpose(0, 1).reshape(-1, depth)  # chain by chain
-    weights = torch.distributions.Dirichlet(torch.ones(width)).sample((count,)).to(device, dtype, non_blocking=True)
-    m = torch.rand(count, 1, 1, 1).to(device, dtype, non_blocking=True)
-
-    chains = in_pieces(to_levels, x).repeat(width, 1, 1, 1)
-    for step in range(depth):
+    op, v, weights, m = draw_augmix(len(x))
+    op, v = (draws.transpose(0, 1).reshape(-1, DEPTH) for draws in (op, v))  # all first chains, all second, all third
+    weights, m = (draws.to(x.device, x.dtype, non_blocking=True) for draws in (weights, m.view(-1, 1, 1, 1)))
+    chains = in_pieces(to_levels, x).repeat(WIDTH, 1, 1, 1)
+    for step in range(DEPTH):
         chains = operate(chains, op[:, step], v[:, step])
-    return in_pieces(mix_chains, x, m, weights, chains.view(width, *x.shape).transpose(0, 1))
+    return in_pieces(mix_chains, x, m, weights, chains.view(WIDTH, *x.shape).transpose(0, 1))
+
+
+def draw_augmix(count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The draws of `augmix` on the host: op and v (count, WIDTH, DEPTH) as in `operate`, w (count, WIDTH), m (count,).
+
+    The levels are |v| ~ U(0.1, u) with u ~ U{1..10} the image's severity. op is -1 after a chain's end.
+    """
+    length = torch.randint(1, DEPTH + 1, (count, WIDTH, 1))
+    op = torch.randint(0, len(OPERATIONS), (count, WIDTH, DEPTH))
+    u = torch.randint(1, 11, (count, 1, 1))
+    v = 0.1 + (u - 0.1) * torch.rand(count, WIDTH, DEPTH, dtype=torch.float64)
+    v = v * (2 * torch.randint(0, 2, (count, WIDTH, DEPTH)) - 1)
+    op = torch.where(torch.arange(DEPTH) < length, op, -1)
+    weights = torch.distributions.Dirichlet(torch.ones(WIDTH)).sample((count,))
+    return op, v, weights, torch.rand(count)
 
 
 def mix_chains(x: Tensor, m: Tensor, weights: Tensor, chains: Tensor) -> Tensor:

@@ -195,7 +195,7 @@ def main(argv: list[str] | None = None) -> None:
     flag("--device", default="auto", help="auto, cpu, cuda or cuda:<index>")
     flag("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision, as in train.py")
     flag("--batch-size", type=utils.number(int, low=1), help="of a training step; by default 512 on a GPU, else 16")
-    flag("--seconds", type=utils.number(float, above=0), default=180.0, help="of timing; preparing comes on top")
+    flag("--seconds", type=utils.number(float, above=0), default=120.0, help="of timing; preparing comes on top")
     flag("--out", help="the JSON; by default results/benchmark-cpu.json or results/benchmark-<GPU>.json")
     args = parser.parse_args(argv)
     device, load, seconds = utils.pick_device(args.device), os.getloadavg()[0], args.seconds

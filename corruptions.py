@@ -8,15 +8,13 @@ Source: Hendrycks and Dietterich, "Benchmarking Neural Network Robustness to Com
 (ICLR 2019), with their constants for 32x32 images. Each corruption is a function of (x, c, draw): a batch x, uint8
 (N, 32, 32, 3) RGB; the constants c of one severity; and draw(k), which gives k uniform numbers in [0, 1) per image,
 float64 (N, k), the same at each call. It returns floats on the scale where 1 is white, which `corrupt` clips and
-truncates to uint8, or finished uint8 images. All are vectorised over images, and what becomes of an image does not
-depend on the others. A corruption of your own is such a function and its entry in SEVERITIES.
-
-In a folder that the script made, files that are there are kept: delete one to have it made anew.
+truncates to uint8, or finished uint8 images. What becomes of an image does not depend on the others. A corruption of
+your own is such a function and its entry in SEVERITIES: the script makes what is missing in its folder.
 """
 
 import functools
 import hashlib
-import importlib.metadata
+import importlib.util
 import io
 import itertools
 import multiprocessing
@@ -24,10 +22,9 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
@@ -38,30 +35,25 @@ from PIL import Image
 from scipy import sparse
 from scipy.ndimage import gaussian_filter
 from scipy.special import ndtri, pdtr
+from tqdm import tqdm
 
 # Every worker process imports this file, so what needs torch (data, utils) is imported where it is used.
 
 SIDE = 32
 PIXELS = SIDE * SIDE
 CHUNK = 250  # images at a time: some megabytes, near the processor's cache
-BT601 = np.array([0.299, 0.587, 0.114])
-TURQUOISE = np.array([175, 238, 238]) / 255  # meant as B, G, R and added to R, G, B: the published slip is kept
-MUD = np.array([63, 42, 20]) / 255
-FROST_PACKAGE = "imagecorruptions"
-FROST_FILES = ("frost1.png", "frost2.png", "frost3.png", "frost4.jpg", "frost5.jpg")
 ZENODO = "https://zenodo.org/records/{}?download=1"
 OFFICIAL = {  # url, md5
     "cifar10": (ZENODO.format("2535967/files/CIFAR-10-C.tar"), "56bf5dcef84df0e2308c6dcbcbbd8499"),
     "cifar100": (ZENODO.format("3555552/files/CIFAR-100-C.tar"), "11f0ed0f1191edbf9fa23466ae6021d3"),
 }
-
-Draw = Callable[[int], np.ndarray]
+REMEDY = "delete that folder, or name another with --data"
 
 
 # The corruptions
 
 
-def gaussian_noise(x: np.ndarray, c: float, draw: Draw) -> np.ndarray:
+def gaussian_noise(x: np.ndarray, c: float, draw: Callable) -> np.ndarray:
     """x + N(0, c)"""
     return x / 255 + c * normal(draw(3 * PIXELS)).reshape(x.shape)
 
@@ -73,7 +65,7 @@ def poisson_table(c: float) -> np.ndarray:
     return pdtr(counts, c * np.arange(256)[:, None] / 255)
 
 
-def shot_noise(x: np.ndarray, c: float, draw: Draw) -> np.ndarray:
+def shot_noise(x: np.ndarray, c: float, draw: Callable) -> np.ndarray:
     """Poisson(c x) / c"""
     table = poisson_table(c)
     # Row k raised by k makes one ascending table: the place of k + u in it is the inverse distribution function.
@@ -82,23 +74,23 @@ def shot_noise(x: np.ndarray, c: float, draw: Draw) -> np.ndarray:
     return (place - x.astype(int) * table.shape[1]) / c
 
 
-def impulse_noise(x: np.ndarray, c: float, draw: Draw) -> np.ndarray:
+def impulse_noise(x: np.ndarray, c: float, draw: Callable) -> np.ndarray:
     """Salt and pepper: each value, channel by channel, is replaced with probability c by 0 or 1 evenly."""
     u = draw(3 * PIXELS).reshape(x.shape)
     return np.where(u < c, np.where(u < c / 2, 0, 255), x).astype(np.uint8)
 
 
-def speckle_noise(x: np.ndarray, c: float, draw: Draw) -> np.ndarray:
+def speckle_noise(x: np.ndarray, c: float, draw: Callable) -> np.ndarray:
     """x + x N(0, c)"""
     return x / 255 * (1 + c * normal(draw(3 * PIXELS)).reshape(x.shape))
 
 
-def gaussian_blur(x: np.ndarray, c: float, draw: Draw) -> np.ndarray:
+def gaussian_blur(x: np.ndarray, c: float, draw: Callable) -> np.ndarray:
     """Gaussian filter of sigma c."""
     return blur(x / 255, c)
 
 
-def glass_blur(x: np.ndarray, c: tuple[float, int, int], draw: Draw) -> np.ndarray:
+def glass_blur(x: np.ndarray, c: tuple[float, int, int], draw: Callable) -> np.ndarray:
     """Blur, let each pixel in turn take the value of one near it, blur: c = (sigma, reach d, passes).
 
     The published code means to swap the two pixels but only copies; so does this.
@@ -114,7 +106,7 @@ def glass_blur(x: np.ndarray, c: tuple[float, int, int], draw: Draw) -> np.ndarr
     return blur(pixels.transpose(1, 0, 2).reshape(x.shape) / 255, sigma)
 
 
-def defocus_blur(x: np.ndarray, c: tuple[float, float], draw: Draw) -> np.ndarray:
+def defocus_blur(x: np.ndarray, c: tuple[float, float], draw: Callable) -> np.ndarray:
     """Correlate with a disk smoothed by a 3x3 Gaussian, border reflect-101: c = (radius, sigma)."""
     radius, sigma = c
     grid = np.arange(-8, 9)
@@ -123,17 +115,19 @@ def defocus_blur(x: np.ndarray, c: tuple[float, float], draw: Draw) -> np.ndarra
     return np.stack([cv2.filter2D(image, -1, disk, borderType=cv2.BORDER_REFLECT_101) for image in x / 255])
 
 
-def motion_blur(x: np.ndarray, c: tuple[int, float], draw: Draw) -> np.ndarray:
+def motion_blur(x: np.ndarray, c: tuple[int, float], draw: Callable) -> np.ndarray:
     """ImageMagick's motion blur at an angle uniform in (-45, 45) degrees: c = (radius, sigma)."""
     return motion(x, *c, degrees=90 * draw(1)[:, 0] - 45)
 
 
-def zoom_blur(x: np.ndarray, c: float, draw: Draw) -> np.ndarray:
-    """The mean of the image and of its zooms by 1, 1.01, ..., c; float round-off in np.arange is the published one."""
-    return apply_matrix(mean_zoom_matrix(tuple(np.arange(1, c, 0.01).tolist())), x / 255)
+def zoom_blur(x: np.ndarray, c: float, draw: Callable) -> np.ndarray:
+    """The mean of the image and of its zooms by 1, 1.01, ..., c."""
+    factors = np.arange(1, c, 0.01).tolist()  # whether c is among them is round-off, as in the published code
+    mean = sum(map(zoom_matrix, factors), start=sparse.eye_array(PIXELS, format="csr")) / (len(factors) + 1)
+    return apply_matrix(mean, x / 255)
 
 
-def snow(x: np.ndarray, c: tuple[float, ...], draw: Draw) -> np.ndarray:
+def snow(x: np.ndarray, c: tuple[float, ...], draw: Callable) -> np.ndarray:
     """Flakes smeared by motion, twice (upright and upside down), over a whitened image.
 
     c = (mean, deviation, zoom, threshold, radius, sigma, share of the image kept).
@@ -143,11 +137,11 @@ def snow(x: np.ndarray, c: tuple[float, ...], draw: Draw) -> np.ndarray:
     layer = apply_matrix(zoom_matrix(c[2]), layer)
     layer = motion(to_uint8(np.where(layer < c[3], 0, layer)), c[4], c[5], degrees=90 * u[:, 0] - 135) / 255
     y = x / 255
-    gray = (y * BT601).sum(axis=-1, keepdims=True)
+    gray = (y * [0.299, 0.587, 0.114]).sum(axis=-1, keepdims=True)
     return c[6] * y + (1 - c[6]) * np.maximum(y, 1.5 * gray + 0.5) + layer + layer[:, ::-1, ::-1]
 
 
-def frost(x: np.ndarray, c: tuple[float, float], draw: Draw) -> np.ndarray:
+def frost(x: np.ndarray, c: tuple[float, float], draw: Callable) -> np.ndarray:
     """c0 x + c1 f with f a random 32x32 crop of one of five photographs of frost."""
     photographs = frost_photographs()
     f = np.empty_like(x)
@@ -158,13 +152,13 @@ def frost(x: np.ndarray, c: tuple[float, float], draw: Draw) -> np.ndarray:
     return np.clip(c[0] * x + c[1] * f, 0, 255).astype(np.uint8)
 
 
-def fog(x: np.ndarray, c: tuple[float, float], draw: Draw) -> np.ndarray:
+def fog(x: np.ndarray, c: tuple[float, float], draw: Callable) -> np.ndarray:
     """(x + c0 p) m / (m + c0): p plasma of decay c1, m the image's maximum."""
     m = x.max(axis=(1, 2, 3), keepdims=True) / 255
     return (x / 255 + c[0] * plasma(draw(PIXELS - 1), c[1])[..., None]) * m / (m + c[0])
 
 
-def brightness(x: np.ndarray, c: float, draw: Draw) -> np.ndarray:
+def brightness(x: np.ndarray, c: float, draw: Callable) -> np.ndarray:
     """V + c in HSV, clipped: with H and S fixed, R, G and B grow as V does."""
     y = x / 255
     v = y.max(axis=-1, keepdims=True)
@@ -172,13 +166,13 @@ def brightness(x: np.ndarray, c: float, draw: Draw) -> np.ndarray:
     return np.where(v > 0, y * (brighter / np.maximum(v, 1 / 255)), brighter)
 
 
-def contrast(x: np.ndarray, c: float, draw: Draw) -> np.ndarray:
+def contrast(x: np.ndarray, c: float, draw: Callable) -> np.ndarray:
     """(x - mean) c + mean, the mean per image and channel."""
     mean = x.sum(axis=(1, 2), keepdims=True, dtype=int) / (255 * PIXELS)
     return (x / 255 - mean) * c + mean
 
 
-def saturate(x: np.ndarray, c: tuple[float, float], draw: Draw) -> np.ndarray:
+def saturate(x: np.ndarray, c: tuple[float, float], draw: Callable) -> np.ndarray:
     """c0 S + c1 in HSV, clipped: with H and V fixed, the distances of R, G and B to V grow as S does."""
     y = x / 255
     v, low = y.max(axis=-1, keepdims=True), y.min(axis=-1, keepdims=True)
@@ -188,29 +182,29 @@ def saturate(x: np.ndarray, c: tuple[float, float], draw: Draw) -> np.ndarray:
     return v * (1 - np.clip(c[0] * s + c[1], 0, 1) * distance)
 
 
-def elastic_transform(x: np.ndarray, c: tuple[float, float, float], draw: Draw) -> np.ndarray:
+def elastic_transform(x: np.ndarray, c: tuple[float, float, float], draw: Callable) -> np.ndarray:
     """A random affine warp, then smooth random displacements; c = (alpha, sigma, affine) in units of 32 pixels."""
     alpha, sigma, affine = SIDE * np.array(c)
     u = 2 * draw(6 + 2 * PIXELS) - 1
     points = np.array([[26.0, 26.0], [26.0, 6.0], [6.0, 6.0]])  # (column, row)
     moved = points + affine * u[:, :6].reshape(-1, 3, 2)
     back = np.linalg.solve(np.concatenate([moved, np.ones((len(x), 3, 1))], axis=2), points[None])  # (N, 3, 2)
+    (a, d), (b, e), (c, f) = back.transpose(1, 2, 0)[..., None, None]
     column, row = np.arange(SIDE), np.arange(SIDE)[:, None]
-    columns, rows = (b[:, :1] * column + b[:, 1:2] * row + b[:, 2:] for b in back.transpose(2, 0, 1)[..., None])
-    y = bilinear(x / 255, rows, columns, repeat_edge=False)
+    y = bilinear(x / 255, d * column + e * row + f, a * column + b * row + c, repeat_edge=False)
     fields = u[:, 6:].reshape(-1, 2, SIDE, SIDE)
     dx, dy = alpha * gaussian_filter(fields, (0, 0, sigma, sigma), mode="reflect", truncate=3).transpose(1, 0, 2, 3)
     return bilinear(y, row + dy, column + dx, repeat_edge=True)
 
 
-def pixelate(x: np.ndarray, c: float, draw: Draw) -> np.ndarray:
+def pixelate(x: np.ndarray, c: float, draw: Callable) -> np.ndarray:
     """Pillow's BOX resize to int(32 c) and back."""
     small = (int(SIDE * c),) * 2
     box = Image.Resampling.BOX
     return np.stack([Image.fromarray(image).resize(small, box).resize((SIDE, SIDE), box) for image in x])
 
 
-def jpeg_compression(x: np.ndarray, c: int, draw: Draw) -> np.ndarray:
+def jpeg_compression(x: np.ndarray, c: int, draw: Callable) -> np.ndarray:
     """Pillow's JPEG at quality c."""
     y = np.empty_like(x)
     for n, image in enumerate(x):
@@ -219,14 +213,14 @@ def jpeg_compression(x: np.ndarray, c: int, draw: Draw) -> np.ndarray:
     return y
 
 
-def spatter(x: np.ndarray, c: tuple[float, ...], draw: Draw) -> np.ndarray:
+def spatter(x: np.ndarray, c: tuple[float, ...], draw: Callable) -> np.ndarray:
     """Drops of water or mud; c = (mean, deviation, sigma, threshold, strength of water or sigma of mud, mud?)."""
     liquid = blur((c[0] + c[1] * normal(draw(PIXELS))).reshape(-1, SIDE, SIDE), c[2])
     liquid[liquid < c[3]] = 0
     if c[5]:
         m = blur((liquid > c[3]).astype(np.float64), c[4])[..., None]
         m[m < 0.8] = 0
-        return x / 255 * (1 - m) + m * MUD
+        return x / 255 * (1 - m) + m * (np.array([63, 42, 20]) / 255)
     liquid = (liquid * 255).astype(np.int64).astype(np.uint8)  # wraps above 255, as published
     m = liquid.astype(np.float64)
     for n, drops in enumerate(liquid):  # shaded by the distance to their outlines
@@ -234,7 +228,8 @@ def spatter(x: np.ndarray, c: tuple[float, ...], draw: Draw) -> np.ndarray:
         distance = cv2.equalizeHist(cv2.blur(np.minimum(distance, 20), (3, 3)).astype(np.uint8))
         m[n] *= cv2.blur(cv2.filter2D(distance, cv2.CV_8U, np.array([[-2, -1, 0], [-1, 1, 1], [0, 1, 2]])), (3, 3))
     m *= c[4] / np.maximum(m.max(axis=(1, 2), keepdims=True), 1)
-    return x / 255 + m[..., None] * TURQUOISE
+    turquoise = np.array([175, 238, 238]) / 255  # meant as B, G, R and added to R, G, B: the published slip is kept
+    return x / 255 + m[..., None] * turquoise
 
 
 SEVERITIES = {  # function: its constants at severity 1 to 5
@@ -281,17 +276,14 @@ def uniform(seed: int, name: str, severity: int, first: int, count: int, k: int)
 def corrupt(images: np.ndarray, name: str, severity: int, seed: int, first_index: int = 0) -> np.ndarray:
     """Corrupt images as CIFAR-C does, uint8 (N, 32, 32, 3) RGB to the same.
 
-    Image i's draws depend on (seed, name, severity, first_index + i) alone: chunks, processes and restarts cannot
-    change a pixel. Raises ValueError for another shape or dtype, an unknown name, a severity outside 1-5, a negative
-    seed or index, or frost without its photographs.
+    Image i's draws depend on (seed, name, severity, first_index + i) alone: no chunk, process or restart changes a
+    pixel. Raises ValueError for another shape or dtype, an unknown name or severity, or frost without photographs.
     """
     functions = {function.__name__: function for function in SEVERITIES}
     if name not in functions:
         raise ValueError(f"unknown corruption {name!r}; choose from {', '.join(functions)}")
     if severity not in range(1, 6):
         raise ValueError(f"severity {severity!r} is not one of 1, 2, 3, 4, 5")
-    if seed < 0 or first_index < 0:
-        raise ValueError(f"seed {seed} and first index {first_index} must not be negative")
     if images.dtype != np.uint8 or images.shape[1:] != (SIDE, SIDE, 3):
         raise ValueError(f"images must be uint8 (N, 32, 32, 3), not {images.dtype} {images.shape}")
     function, c = functions[name], SEVERITIES[functions[name]][severity - 1]
@@ -309,21 +301,13 @@ def corrupt(images: np.ndarray, name: str, severity: int, seed: int, first_index
 
 @functools.cache
 def frost_photographs() -> list[np.ndarray]:
-    """The five frost photographs shrunk by 0.2 with OpenCV's INTER_LINEAR, uint8 (H, W, 3) RGB.
-
-    Raises ValueError when the package that ships them is not installed; it is only looked up, never imported.
-    """
-    try:
-        package = importlib.metadata.distribution(FROST_PACKAGE)
-        paths = [Path(package.locate_file(f"{FROST_PACKAGE}/frost/{file}")) for file in FROST_FILES]
-    except importlib.metadata.PackageNotFoundError:
-        paths = []
-    photographs = [cv2.imread(str(path)) for path in paths if path.is_file()]
-    if len(photographs) < len(FROST_FILES):
-        raise ValueError(
-            f"frost needs the photographs of the package {FROST_PACKAGE}; get them with: "
-            f"python -m pip install --no-deps {FROST_PACKAGE}==1.1.2"
-        )
+    """The five frost photographs at a fifth of their size, uint8 (H, W, 3) RGB. Raises ValueError without them."""
+    package = importlib.util.find_spec("imagecorruptions")  # not imported: it needs more packages
+    if package is None:
+        raise ValueError("frost needs photographs: python -m pip install --no-deps imagecorruptions==1.1.2")
+    folder = Path(package.origin).parent / "frost"
+    files = ("frost1.png", "frost2.png", "frost3.png", "frost4.jpg", "frost5.jpg")
+    photographs = [cv2.imread(str(folder / file)) for file in files]
     return [cv2.resize(photograph, (0, 0), fx=0.2, fy=0.2)[..., ::-1] for photograph in photographs]
 
 
@@ -380,16 +364,10 @@ def zoom_matrix(factor: float) -> sparse.csr_array:
     return sparse.csr_array(sparse.kron(along, along))
 
 
-@functools.cache
-def mean_zoom_matrix(factors: tuple[float, ...]) -> sparse.csr_array:
-    """The mean of the image itself and of its zooms by each factor, (1024, 1024) on flattened images."""
-    return sum(map(zoom_matrix, factors), start=sparse.eye_array(PIXELS, format="csr")) / (len(factors) + 1)
-
-
 def apply_matrix(matrix: sparse.csr_array, x: np.ndarray) -> np.ndarray:
     """Apply a (1024, 1024) matrix to each image and channel of (N, 32, 32, C)."""
-    columns = x.reshape(len(x), PIXELS, -1).transpose(1, 0, 2)
-    return (matrix @ columns.reshape(PIXELS, -1)).reshape(columns.shape).transpose(1, 0, 2).reshape(x.shape)
+    columns = x.transpose(1, 2, 3, 0)  # the pixels first
+    return (matrix @ columns.reshape(PIXELS, -1)).reshape(columns.shape).transpose(3, 0, 1, 2)
 
 
 def bilinear(x: np.ndarray, rows: np.ndarray, columns: np.ndarray, repeat_edge: bool) -> np.ndarray:
@@ -436,89 +414,46 @@ def plasma(u: np.ndarray, decay: float) -> np.ndarray:
 # The folder
 
 
-def generate(folder: Path, images: np.ndarray, labels: np.ndarray, seed: int, workers: int, about: dict) -> None:
+def generate(folder: Path, images: np.ndarray, labels: np.ndarray, record: dict, workers: int) -> None:
     """Write every corruption of the clean images, uint8 (N, 32, 32, 3), and their labels, int (N,), into `folder`.
 
-    The bytes depend on images, labels and seed alone. A file that is there is kept where generated.json fits; `about`
-    goes into that. Raises ValueError where it does not, OSError for a full disk or a worker that was killed.
+    `record` says all that the bytes depend on ("seed", "versions", ...) and becomes generated.json. Files that are
+    there are kept. Raises ValueError where they were made otherwise or frost lacks its photographs.
     """
-    from tqdm import tqdm
-
     import utils
 
-    names = [function.__name__ for function in SEVERITIES]
-    names = [name for name in names if not (folder / f"{name}.npy").is_file()]
-    libraries = {"numpy": np, "scipy": scipy, "opencv": cv2, "pillow": PIL}
-    versions = {name: library.__version__ for name, library in libraries.items()}
-    clean = hashlib.sha256(images.tobytes()).hexdigest()
-    record = {**about, "seed": seed, "clean_sha256": clean, "versions": versions}
-    check_folder(folder, record, complete=not names)
+    names = [f.__name__ for f in SEVERITIES if not (folder / f"{f.__name__}.npy").is_file()]
     if "frost" in names:
         frost_photographs()  # their lack is told now, not after minutes
-    if not (folder / "generated.json").is_file():
+    if (folder / "generated.json").is_file():
+        there = utils.read_json(folder / "generated.json")
+        for key, value in record.items():
+            if there.get(key) != value and (key != "versions" or names):  # when all are there, versions may differ
+                made = "from other images" if key == "clean_sha256" else f"with {key} {there.get(key)}, not {value}"
+                raise ValueError(f"{folder} was made {made}; {REMEDY}")
+    elif any(folder.glob("*.npy")):
+        raise ValueError(f"{folder} holds the official set, or another that was not made here; {REMEDY}")
+    else:
         utils.write_json(folder / "generated.json", record)
     if not (folder / "labels.npy").is_file():
         with utils.atomic_write(folder / "labels.npy") as file:
             np.save(file, np.tile(labels.astype(np.min_scalar_type(labels.max())), 5))  # uint8, as in the official sets
-    pieces = list(itertools.product(range(1, 6), range(0, len(images), CHUNK)))
-    header = {"descr": "|u1", "fortran_order": False, "shape": (5 * len(images), SIDE, SIDE, 3)}
-    bar = tqdm(total=len(names) * 5 * len(images), unit="image", smoothing=0.1, disable=None)
-    with bar, shared_map(min(workers, len(pieces))) as share:
-        for name in names:
-            bar.set_description(name)
-            for leftover in folder.glob(f".{name}.npy.*.tmp"):  # of a process that was killed
-                leftover.unlink()
-            arguments = [(images[first : first + CHUNK], name, severity, seed, first) for severity, first in pieces]
-            with utils.atomic_write(folder / f"{name}.npy") as file:
-                np.lib.format.write_array_header_1_0(file, header)
-                for corrupted in share(corrupt, *zip(*arguments, strict=True)):
-                    file.write(corrupted.data)
-                    bar.update(len(corrupted))
-            if bar.disable:
-                print(f"{name}: done", flush=True)
-
-
-def check_folder(folder: Path, record: dict, complete: bool) -> None:
-    """Raise ValueError where the files in `folder` were made otherwise than `record` says.
-
-    Other versions of the libraries matter only while the folder is not complete.
-    """
-    import utils
-
-    remedy = "delete that folder, or name another with --data"
-    if (folder / "official.json").is_file():
-        raise ValueError(f"{folder} holds the official set; {remedy}")
-    if (folder / "generated.json").is_file():
-        there = utils.read_json(folder / "generated.json")
-        for key, value in record.items():
-            if there.get(key) != value and not (key == "versions" and complete):
-                was = "from other test images" if key == "clean_sha256" else f"with {key} {there.get(key)}, not {value}"
-                raise ValueError(f"{folder} was made {was}; {remedy}")
-    elif any(folder.glob("*.npy")):
-        raise ValueError(f"{folder} holds arrays without a generated.json, so another program made them; {remedy}")
-
-
-@contextmanager
-def shared_map(workers: int) -> Iterator[Callable]:
-    """A `map` whose calls `workers` processes share (1: this process makes them)."""
-    cv2.setNumThreads(1)
-    if workers == 1:
-        yield map
-        return
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=start_worker)
-
-    def share(function: Callable, *arguments: tuple) -> Iterator:
-        # Ctrl-C in a terminal reaches all processes and is the parent's to handle: workers inherit that it is blocked.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            return pool.map(function, *arguments)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
+    chunks = list(itertools.product(names, range(1, 6), range(0, len(images), CHUNK)))
+    arguments = [(images[i : i + CHUNK], name, severity, record["seed"], i) for name, severity, i in chunks]
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker)
     try:
-        yield share
+        # Ctrl-C in a terminal reaches all processes and is the parent's to handle: workers inherit that it is blocked.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        corrupted = pool.map(corrupt, *zip(*arguments, strict=True))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        corrupted = iter(tqdm(corrupted, total=len(chunks), unit="chunk", disable=None))
+        for name in names:
+            whole = np.concatenate([next(corrupted) for _ in range(len(chunks) // len(names))])
+            with utils.atomic_write(folder / f"{name}.npy") as file:
+                np.save(file, whole)
+            tqdm.write(f"{name}: done")
     except BrokenProcessPool:
-        raise OSError("a worker process was killed (too little memory?); run it again, it goes on") from None
+        raise OSError("a worker process was killed (too little memory?); the same command goes on") from None
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -533,27 +468,24 @@ def start_worker() -> None:
 def download(folder: Path, url: str, md5: str) -> None:
     """Fetch the official archive, unpack it as `folder`, and leave an official.json of url and md5 there.
 
-    Raises ValueError where the folder holds anything else, OSError where the archive cannot be had.
+    Raises ValueError where the folder is there and is not the official set, OSError where the archive cannot be had.
     """
     import utils
 
     if (folder / "official.json").is_file():
         return
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} holds other files; delete that folder, or name another with --data")
+    if folder.exists():
+        raise ValueError(f"{folder} is not the official set; {REMEDY}")
+    archive, unpacked = Path(f"{folder}.tar"), Path(f"{folder}.unpacking")
     tools = utils.import_torchvision().datasets.utils
-    archive = folder.with_name(f"{folder.name}.tar")
-    unpacked = folder.with_name(f"{folder.name}.unpacking")  # so that the folder appears whole
     try:
-        tools.download_and_extract_archive(url, archive.parent, unpacked, archive.name, md5)
+        tools.download_and_extract_archive(url, archive.parent, unpacked, archive.name, md5, remove_finished=True)
     except Exception as error:  # the network and the archive can raise nearly anything
-        reason = " ".join(str(error).split())[:100] or type(error).__name__
-        raise OSError(f"{url} cannot be had ({reason}); try again, put that file at {archive}, or leave --download out"
+        raise OSError(f"{url} cannot be had ({error}); try again, put that file at {archive}, or leave --download out"
                       " and have the set made here") from error  # fmt: skip
     utils.write_json(unpacked / folder.name / "official.json", {"url": url, "md5": md5})
-    os.replace(unpacked / folder.name, folder)
+    os.replace(unpacked / folder.name, folder)  # the folder appears whole
     unpacked.rmdir()
-    archive.unlink()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -579,8 +511,15 @@ def main(argv: list[str] | None = None) -> None:
     clean = data.load_dataset(args.dataset, args.data)
     folder = data.corrupted_folder(clean.name, args.data)
     images = np.ascontiguousarray(clean.test_images.permute(0, 2, 3, 1).numpy())
-    about = {"dataset": clean.name, "source": clean.source}
-    generate(folder, images, clean.test_labels.numpy(), args.seed, args.workers, about)
+    libraries = {"numpy": np, "scipy": scipy, "opencv": cv2, "pillow": PIL}
+    record = {
+        "dataset": clean.name,
+        "source": clean.source,
+        "seed": args.seed,
+        "clean_sha256": hashlib.sha256(images.tobytes()).hexdigest(),
+        "versions": {name: library.__version__ for name, library in libraries.items()},
+    }
+    generate(folder, images, clean.test_labels.numpy(), record, args.workers)
     print(f"{folder}: {len(SEVERITIES)} corruptions of {len(images)} images at five severities, seed {args.seed}")
 
 

@@ -94,7 +94,7 @@ def _load_npz(path: Path) -> Dataset:
 
     Optional: `classes` (C,) names, `hflip` (default true), `source`, a text that results and tables show.
     """
-    if path.stem in BUILT_IN:
+    if path.stem in BUILT_IN or f"{path.stem}-C" in BUILT_IN.values():
         raise ValueError(f"--dataset {path}: {path.stem} is a data set's name here; rename the file")
     if not path.is_file():
         raise ValueError(f"--dataset {path}: there is no such file")

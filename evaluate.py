@@ -34,7 +34,8 @@ FIFTEEN = (  # over which AugMix and RobustBench report their mean
 )  # fmt: skip
 NOT_HPARAMS = ("dataset", "arch", "method", "seed", "tag", "amp", "data_source", "train_images")  # stand beside them
 FORM = {"dataset": str, "arch": str, "method": str | None, "tag": str | None, "seed": int | None, "hparams": dict,
-        "data_source": str, "corruption_source": str, "test_images": int, "evaluation": dict}  # of results.json
+        "data_source": str, "corruption_source": str, "train_images": int | None, "test_images": int,
+        "limit": int | None, "amp": str | None, "evaluation": dict}  # of results.json  # fmt: skip
 WHERE_IT_RAN = ("data", "device", "compile", "recompute", "out", "resume")  # hparams that do not make another run
 
 
@@ -179,7 +180,8 @@ def load_run(folder: Path) -> dict[str, dict]:
     saved = {which: utils.load_checkpoint(folder / f"{which}.pt") for which in ("best", "last")}
     try:
         for content in saved.values():
-            {key: content["config"][key] for key in ("epochs", *NOT_HPARAMS)}
+            for key in ("epochs", *NOT_HPARAMS):
+                content["config"][key]
         done, epochs, _ = saved["last"]["epoch"], saved["last"]["config"]["epochs"], saved["last"]["log"]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder} holds no checkpoints of train.py ({error} is missing); train again") from None
@@ -253,6 +255,9 @@ def main(argv: list[str] | None = None) -> None:
     dataset = load_dataset(config["dataset"], args.data)
     if args.limit is not None and args.limit > len(dataset.test_images):
         raise ValueError(f"--limit {args.limit}: {dataset.name} has {len(dataset.test_images)} test images")
+    out = Path(args.out or out)
+    if (args.only or args.limit) and not args.out and out.exists():
+        raise ValueError(f"{out} is there already, and may hold more; delete it, or name another file with --out")
     check_labels(dataset.name, args.data, dataset.test_labels)
 
     entries, by_epoch = dict.fromkeys(saved), {}
@@ -284,7 +289,7 @@ def main(argv: list[str] | None = None) -> None:
         "wall_seconds": round(seconds + trained, 1),
         **entries,
     }
-    utils.write_json(args.out or out, results)
+    utils.write_json(out, results)
     print_column(results, next(which for which in ("best", "last", "foreign") if results.get(which)))
 
 
@@ -313,7 +318,7 @@ def read_results(root: str | Path) -> tuple[dict[Path, dict], list[str]]:
 
     Raises FileNotFoundError where there is no such folder, or no results.json below it.
     """
-    paths = sorted(Path(root).rglob("results.json"))
+    paths = sorted(Path(root).rglob("*results.json"))  # of weights trained elsewhere it is <checkpoint>.results.json
     if not paths:
         raise FileNotFoundError(f"no results.json below {root}; train.py, then evaluate.py write one a run")
     sound, problems = {}, []
@@ -333,7 +338,6 @@ def check_results(content: dict) -> None:
         for key, kind in FORM.items():
             if not isinstance(content[key], kind):
                 raise ValueError(f"its {key} is of another type")
-        {key: content[key] for key in ("train_images", "limit", "amp")}
         entries = [content[which] for which in ("best", "last", "foreign") if content.get(which) is not None]
         if not entries:
             raise ValueError("it holds no evaluation")

@@ -8,9 +8,7 @@ Figures 1 and 4 need no run: they show a digit, and what augment.py and corrupti
 and Ito's, which colour-blind people can tell apart; hatches and markers are for print in grey.
 """
 
-import csv
 import itertools
-import math
 import sys
 import textwrap
 from pathlib import Path
@@ -18,8 +16,8 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyBboxPatch
 from torch import Tensor
 
 import augment
@@ -51,11 +49,10 @@ LOOK = {
     "legend.columnspacing": 1, "legend.handletextpad": 0.4, "legend.handlelength": 1.5,
 }  # fmt: skip
 MARKER = {"markersize": 4, "markeredgecolor": "black", "markeredgewidth": 0.4}
-TABLE5 = {row.split("/")[2] for row in PAPER["tables"]["5"]}
+TABLE5 = [row.split("/")[2] for row in PAPER["tables"]["5"]]  # MAGNMA's settings
 N, SIGMA_MAX, BETA = 5, 0.2, 1.0  # of Figure 1, as in the paper
 DIGIT, NOISE_SEED, MIX_SEED = 974, 21755, 14922  # such that much is seen: weak to strong noise, all of A
 SEVERITY = 5  # of Figure 4
-LOG = ("epoch", "train_loss", "test_accuracy")  # what is drawn of log.csv
 
 Key = tuple[str, str, str]  # data set, network, column
 Cells = dict[str, tuple[float, float | None]]  # metric -> mean and deviation over seeds, percent
@@ -78,13 +75,28 @@ def published() -> dict[Key, Cells]:
     return numbers
 
 
-def column_of(run: dict) -> str:
-    """The column of a results.json: MAGNMA's setting where it is one of the paper's, else the method and its tag."""
-    method, tag, h = run["method"], run["tag"], run["hparams"]
-    setting = " ".join(f"{h.get(key) or 0:g}" for key in ("lambda1", "lambda2", "sigma_max", "beta"))
-    if method == "magnma" and f"magnma {setting}" in TABLE5 and h.get("n") == 5 and not h.get("joint"):
-        return f"magnma {setting}"
-    return f"{method} {tag}" if tag else f"magnma {setting}, n {h.get('n')}" if method == "magnma" else str(method)
+def place_groups(groups: list[Group]) -> dict[Key, Group]:
+    """Each group's data set, network and column; what is not drawn is named, with the reason.
+
+    MAGNMA at the paper's lambdas takes the paper's columns, with n = 5 where that was run. All others are called
+    `method tag`.
+    """
+    placed: dict[Key, Group] = {}
+    for group in sorted(groups, key=lambda group: group.shared["hparams"].get("n") != 5):
+        shared, h = group.shared, group.shared["hparams"]
+        where, column = (shared["dataset"], shared["arch"]), f"{shared['method']} {shared['tag'] or ''}".strip()
+        setting = [h.get(name) for name in ("lambda1", "lambda2", "sigma_max", "beta")]
+        if shared["method"] == "magnma" and not h.get("joint"):
+            papers = next((s for s in TABLE5 if list(map(float, s.split()[1:])) == setting), column)
+            column = column if (*where, papers) in placed else papers
+        why = "there are others of its name" if (*where, column) in placed else ""
+        why = "it is of Table 5 alone" if column in TABLE5 and column not in METHODS else why
+        why = why if all(run.get("best") for run in group.seeds.values()) else "best.pt was not evaluated"
+        if why:
+            print(f"{', '.join(map(label, (*where, column)))}, seeds {list(group.seeds)}: not drawn, since {why}")
+        else:
+            placed[*where, column] = group
+    return placed
 
 
 def summarise(group: Group) -> Cells:
@@ -101,11 +113,12 @@ def footer(groups: dict[Key, Group]) -> str:
     """What was really run: a line for all columns that share data, corruptions, network, epochs and seeds."""
     lines: dict[str, list[str]] = {}
     for (dataset, arch, column), g in groups.items():
-        s = g.shared
+        s, h = g.shared, g.shared["hparams"]
         data = f"{label(dataset)} ({s['data_source']}, {s['train_images']} training and {s['test_images']} test images)"
-        how = f"{s['hparams'].get('epochs')} epochs, seeds {', '.join(map(str, g.seeds))}"
+        how = f"{h.get('epochs')} epochs, seeds {', '.join(map(str, g.seeds))}"
         line = f"{data}, {s['corruption_source']} corruptions, {label(arch)}, {how}"
-        lines.setdefault(line, []).append(label(column))
+        n = f" (n = {h.get('n')})" if s["method"] == "magnma" else ""
+        lines.setdefault(line, []).append(label(column) + n)
     return "\n".join(f"{line}: {', '.join(columns)}" for line, columns in lines.items())
 
 
@@ -193,17 +206,26 @@ def reliability(groups: dict[Key, Group]) -> Figure:
     return figure
 
 
-def training(logs: dict[Key, list[dict[str, np.ndarray]]]) -> Figure:
+def training(groups: dict[Key, Group]) -> Figure:
     """Training loss, and clean test accuracy where tested, by epoch: a line a run, on one data set and network."""
     figure = Figure(figsize=(7.2, 3.0), layout="constrained")
-    for ax, metric in zip(figure.subplots(1, 2), LOG[1:], strict=True):
-        for (dataset, arch, column), log in ((key, log) for key, several in logs.items() for log in several):
-            colour, _, marker = columns_of(logs)[column]
-            there, style = ~np.isnan(log[metric]), f"{marker}-" if metric == "test_accuracy" else "-"
-            ax.plot(log["epoch"][there], log[metric][there], style, color=colour, label=label(column), markersize=3)
+    for ax, metric in zip(figure.subplots(1, 2), ("train_loss", "test_accuracy"), strict=True):
+        for (dataset, arch, column), group in groups.items():
+            colour, _, marker = columns_of(groups)[column]
+            for log in (run["log"] for run in group.seeds.values()):
+                there, style = ~np.isnan(log[metric]), f"{marker}-" if metric == "test_accuracy" else "-"
+                ax.plot(log["epoch"][there], log[metric][there], style, color=colour, label=label(column), markersize=3)
             ax.set_title(f"{label(dataset)}, {label(arch)}")
         ax.set(xlabel="epoch", ylabel="training loss" if metric == "train_loss" else "test accuracy (%)")
+        ax.xaxis.get_major_locator().set_params(integer=True)
     return figure
+
+
+def picture(ax: Axes, image: np.ndarray, title: str) -> None:
+    """An image (32, 32, 3), its title above."""
+    ax.imshow(image)
+    ax.set_title(title, fontsize=7.5)
+    ax.set_axis_off()
 
 
 def branches(u8: Tensor) -> Figure:
@@ -219,35 +241,26 @@ def branches(u8: Tensor) -> Figure:
     utils.seed(MIX_SEED)
     mixed = augment.mixed_augmentation(x, BETA)
     utils.seed(MIX_SEED)
-    a, v, w = augment.draw_mixed(N, BETA)
     mixes = []
-    for name, level, weight in zip([augment.A[i] for i in a], v, w, strict=True):
-        level = f"level {level:.1f}" if name in ("posterize", "solarize") else "no level"
-        mixes.append(f"{name}\n{level}\n$w$ = {weight:.2f}")
+    for a, v, w in zip(*augment.draw_mixed(N, BETA), strict=True):
+        name = augment.A[a]
+        level = f"level {v:.1f}" if name in ("posterize", "solarize") else "no level"
+        mixes.append(f"{name}\n{level}\n$w$ = {w:.2f}")
 
-    figure = Figure(figsize=(8, 4.05))
-    ax = figure.add_axes((0, 0, 1, 1), xlim=(0, 8), ylim=(0, 4.05))  # in inches
-    ax.set_axis_off()
-
-    def show(image: Tensor, left: float, bottom: float, side: float, caption: str) -> None:
-        ax.imshow(image.clamp(0, 1).permute(1, 2, 0).numpy(), extent=(left, left + side, bottom, bottom + side))
-        ax.text(left + side / 2, bottom - 0.18 - 0.16 * caption.count("\n"), caption, ha="center", fontsize=9)
-
-    show(x[0], 0.2, 1.55, 1.25, "clean image $x$")
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(1, 4), wspace=0.02)
+    picture(left.subplots(), x[0].permute(1, 2, 0).numpy(), "clean image $x$")
     noise = r"$x + \delta,\ \ \delta \sim N(0, \sigma^2 I),\ \ \sigma \sim U(0, 0.2)$"
     mixture = r"$w\,x + (1 - w)\,T_a(x),\ \ a \sim U(A),\ \ w \sim \mathrm{Beta}(1, 1)$"
-    for name, images, captions, formula, bottom, top, start, face, edge in (
-        ("noisy", noisy, [rf"$\sigma$ = {s:.2f}" for s in sigma], noise, 2.25, 3.97, 2.25, "#FDF0E6", "#D55E00"),
-        ("mixed", mixed, mixes, mixture, 0.08, 2.13, 2.1, "#E8F2F9", "#0072B2"),
+    top, bottom = right.subfigures(2, 1, hspace=0.03, height_ratios=(1, 1.2))
+    for part, face, edge, words, images, titles in (
+        (top, "#FDF0E6", "#D55E00", f"{N} noisy copies  {noise}", noisy, [rf"$\sigma$ = {s:.2f}" for s in sigma]),
+        (bottom, "#E8F2F9", "#0072B2", f"{N} mixed copies  {mixture}", mixed, mixes),
     ):
-        ax.add_patch(FancyBboxPatch((1.95, bottom), 5.97, top - bottom, "round,pad=0,rounding_size=0.1",
-                                    facecolor=face, edgecolor=edge, zorder=-1))  # fmt: skip
-        ax.text(2.1, top - 0.2, f"{N} {name} copies", color=edge, weight="bold", fontsize=10, va="center")
-        ax.text(7.77, top - 0.2, formula, fontsize=10, va="center", ha="right")
-        arrow = {"arrowstyle": "-|>", "color": edge, "linewidth": 1.5}
-        ax.annotate("", (1.93, (bottom + top) / 2), (1.5, start), arrowprops=arrow)
-        for k in range(N):
-            show(images[k], 2.1 + 1.155 * k, top - 1.43, 1.05, captions[k])
+        part.set_facecolor(face)
+        part.suptitle(words, color=edge, fontsize=10)
+        for ax, image, title in zip(part.subplots(1, N), images, titles, strict=True):
+            picture(ax, image.clamp(0, 1).permute(1, 2, 0).numpy(), title)
     return figure
 
 
@@ -263,10 +276,7 @@ def gallery(u8: Tensor) -> Figure:
     grid = figure.add_gridspec(3, 8)
     places = [grid[:, :2], *(grid[row, column] for row in range(3) for column in range(2, 8))]
     for place, (name, images) in zip(places, pictures.items(), strict=False):
-        ax = figure.add_subplot(place)
-        ax.imshow(images[0])
-        ax.set_title(label(name), fontsize=7.5)
-        ax.set_axis_off()
+        picture(figure.add_subplot(place), images[0], label(name))
     return figure
 
 
@@ -275,11 +285,8 @@ def save(figure: Figure, path: Path, note: str) -> None:
     entries = {text: line for ax in figure.axes for line, text in zip(*ax.get_legend_handles_labels(), strict=True)}
     if entries:
         width = figure.get_figwidth()
-        inches, rows = [0.34 + 0.062 * len(text) for text in entries], 1
-        while rows < len(inches) and sum(max(inches[k : k + rows]) for k in range(0, len(inches), rows)) > width:
-            rows += 1
-        columns = math.ceil(len(inches) / rows)
-        figure.legend(entries.values(), entries, loc="outside upper center", ncols=columns)
+        columns = int(width / (0.34 + 0.062 * max(map(len, entries))))
+        figure.legend(entries.values(), entries, loc="outside upper center", ncols=min(len(entries), max(1, columns)))
         lines = [part for line in note.split("\n") for part in textwrap.wrap(line, int(21 * width))]
         figure.supxlabel("\n".join(lines), fontsize=6, color="#555555")
     with utils.atomic_write(path) as file:
@@ -302,26 +309,12 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError("name the folder of the runs or --source paper, one of the two")
 
     runs, problems = read_results(args.runs) if args.runs else ({}, [])
-    groups: dict[Key, Group] = {}
-    for g in group_runs(runs):
-        key = g.shared["dataset"], g.shared["arch"], column_of(g.shared)
-        why = "others of its name are drawn" if key in groups else ""
-        why = "it is a setting of Table 5" if key[2] in TABLE5 - set(METHODS) else why
-        why = why if all(run.get("best") for run in g.seeds.values()) else "best.pt was not evaluated"
-        if why:
-            print(f"{', '.join(map(label, key))}, seeds {list(g.seeds)}: in the training curves alone, since {why}")
-        groups |= {} if why else {key: g}
-    numbers = {key: summarise(group) for key, group in groups.items()} if args.runs else published()
-    logs: dict[Key, list[dict[str, np.ndarray]]] = {}
     for path, run in runs.items():
-        try:
-            rows = list(csv.DictReader(path.with_name("log.csv").read_text().splitlines()))
-            log = {key: np.array([float(row[key] or "nan") for row in rows]) for key in LOG}
-            logs.setdefault((run["dataset"], run["arch"], column_of(run)), []).append(log)
-        except FileNotFoundError:
-            pass
-        except (OSError, ValueError, KeyError, csv.Error) as error:
-            problems.append(f"{path.with_name('log.csv')} is left out: it is damaged ({error})")
+        if (log := path.with_name("log.csv")).exists():
+            run["log"] = np.genfromtxt(log, delimiter=",", names=True, ndmin=1)
+    groups = place_groups(group_runs(runs))
+    logged = {key: group for key, group in groups.items() if all("log" in run for run in group.seeds.values())}
+    numbers = {key: summarise(group) for key, group in groups.items()} if args.runs else published()
 
     def pick(values: dict, sets: list[str], arches: list[str], few: bool = False) -> dict:
         """Those on these data sets and networks, in order; few: Standard, AugMix, MAGNMA, methods of the user's own."""
@@ -336,8 +329,7 @@ def main(argv: list[str] | None = None) -> int:
         plan[f"figure{5 + k}"] = by_method, pick(numbers, [dataset], arches[:1])
         plan[f"figure{7 + k}"] = profile, pick(numbers, [dataset], arches[:1])
         plan[f"reliability_{dataset}"] = reliability, pick(groups, [dataset], arches[:1], few=True)
-    for dataset, arch in dict.fromkeys(key[:2] for key in logs) or [(sets[0], arches[0])]:
-        plan[f"training_{dataset}_{arch}"] = training, pick(logs, [dataset], [arch])
+        plan[f"training_{dataset}"] = training, pick(logged, [dataset], arches[:1])
     for name, (draw, data, *rest) in sorted(plan.items()):
         if len(data) == 0:
             why = "no runs for it; --dataset and --arch name others" if args.runs else "nothing published for it"

@@ -75,23 +75,15 @@ def gn_loss(f: nn.Module, x: Tensor, y: Tensor, *, sigma_max: float) -> tuple[Te
 
 
 def pgd_attack(
-    f: nn.Module,
-    x: Tensor,
-    objective: Callable[[Tensor], Tensor],
-    *,
-    epsilon: float,
-    steps: int,
-    step_size: float,
-    start: Tensor,
-) -> Tensor:
+    f: nn.Module, x: Tensor, objective: Callable[[Tensor], Tensor], *,
+    epsilon: float, steps: int, step_size: float, start: Tensor,
+) -> Tensor:  # fmt: skip
     """The inner maximisation of Eq. (2) by projected gradient ascent in the l_inf ball; x_adv, not clipped to [0, 1].
 
     delta <- P_B(eps)(delta + step_size sign(grad_delta sum objective(f(x + delta)))), `steps` times from P(start).
     objective: logits (B, C) -> (B,); start like x. f is in eval mode meanwhile, so that its batch norm is fixed, and
-    its parameters take no gradient. Raises ValueError if epsilon, steps or step_size is negative.
+    its parameters take no gradient.
     """
-    if not (epsilon >= 0 and step_size >= 0 and steps >= 0):
-        raise ValueError(f"epsilon {epsilon}, step size {step_size} and steps {steps} of PGD must not be negative")
     delta = start.clamp(-epsilon, epsilon)
     with frozen(f):
         for _ in range(steps):
@@ -121,40 +113,28 @@ def at_loss(
     f: nn.Module, x: Tensor, y: Tensor, *, epsilon: float, pgd_steps: int, pgd_step_size: float
 ) -> tuple[Tensor, Tensor]:
     """Eq. (2), adversarial training: max over |delta|_inf <= epsilon of L(f(x + delta), y), by PGD from delta = 0."""
-
-    def cross_entropy(logits: Tensor) -> Tensor:
-        return F.cross_entropy(logits, y, reduction="none")
-
     x_adv = pgd_attack(
-        f, x, cross_entropy, epsilon=epsilon, steps=pgd_steps, step_size=pgd_step_size, start=torch.zeros_like(x)
-    )
+        f, x, lambda logits: F.cross_entropy(logits, y, reduction="none"),
+        epsilon=epsilon, steps=pgd_steps, step_size=pgd_step_size, start=torch.zeros_like(x),
+    )  # fmt: skip
     (logits,) = forward(f, x_adv)
     return F.cross_entropy(logits, y), logits
 
 
 def trades_loss(
-    f: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    *,
-    trades_lambda: float,
-    epsilon: float,
-    pgd_steps: int,
-    pgd_step_size: float,
-    joint: bool = False,
-) -> tuple[Tensor, Tensor]:
+    f: nn.Module, x: Tensor, y: Tensor, *,
+    trades_lambda: float, epsilon: float, pgd_steps: int, pgd_step_size: float, joint: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Eq. (3), TRADES: L(f(x), y) + lambda max over |delta|_inf <= epsilon of D(p(x) || p(x + delta)).
 
     PGD starts at 0.001 N(0, I), as TRADES' own code does: at delta = 0 the divergence has no gradient.
     """
     with frozen(f), torch.no_grad():
         (clean,) = forward(f, x)  # p(x) as the attack sees it, in eval mode
-
-    def divergence(logits: Tensor) -> Tensor:
-        return kl_divergence(clean, logits)
-
-    start = 0.001 * torch.randn_like(x)
-    x_adv = pgd_attack(f, x, divergence, epsilon=epsilon, steps=pgd_steps, step_size=pgd_step_size, start=start)
+    x_adv = pgd_attack(
+        f, x, lambda logits: kl_divergence(clean, logits),
+        epsilon=epsilon, steps=pgd_steps, step_size=pgd_step_size, start=0.001 * torch.randn_like(x),
+    )  # fmt: skip
     logits, logits_adv = forward(f, x, x_adv, joint=joint)
     return F.cross_entropy(logits, y) + trades_lambda * kl_divergence(logits, logits_adv).mean(), logits
 
@@ -162,9 +142,7 @@ def trades_loss(
 # Eq. (5), (6): consistency between a clean image and its perturbed copies
 
 
-def augmix_loss(
-    f: nn.Module, x: Tensor, y: Tensor, *, jsd_lambda: float, joint: bool = False
-) -> tuple[Tensor, Tensor]:
+def augmix_loss(f: nn.Module, x: Tensor, y: Tensor, *, jsd_lambda: float, joint: bool = False) -> tuple[Tensor, Tensor]:
     """Eq. (5), AugMix: L(f(x), y) + lambda JS(p(x); p(x_a1); p(x_a2)), two augmented variants of each image."""
     x_a1, x_a2 = augmix(x), augmix(x)
     logits, logits_a1, logits_a2 = forward(f, x, x_a1, x_a2, joint=joint)
@@ -172,30 +150,20 @@ def augmix_loss(
 
 
 def magnma_loss(
-    f: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    *,
-    lambda1: float,
-    lambda2: float,
-    sigma_max: float,
-    beta: float,
-    n: int,
-    joint: bool = False,
-) -> tuple[Tensor, Tensor]:
+    f: nn.Module, x: Tensor, y: Tensor, *,
+    lambda1: float, lambda2: float, sigma_max: float, beta: float, n: int, joint: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Eq. (6), MAGNMA, and the body of Algorithm 1.
 
     L(f(x), y) + lambda1 [p(x)]_y E D(p(x) || p(x + delta)) + lambda2 [p(x)]_y E D(p(x) || p(x_a(w)))
 
     A zero lambda leaves its loop over k out: the paper's two ablations. The gradient flows through everything, the
-    weight [p(x)]_y and both arguments of D. Raises ValueError for a negative lambda, or n < 1 where one is positive.
+    weight [p(x)]_y and both arguments of D. Raises ValueError for n < 1.
     """
-    if not (lambda1 >= 0 and lambda2 >= 0):  # NaN fails too
-        raise ValueError(f"lambda1 {lambda1} and lambda2 {lambda2} must not be negative")
-    if n < 1 and lambda1 + lambda2 > 0:
-        raise ValueError(f"n must be at least 1 where lambda1 or lambda2 is positive, not {n}")
-    noisy = [gaussian_noise(x, sigma_max) for _ in range(n if lambda1 > 0 else 0)]  # x + delta^(k)
-    mixed = [mixed_augmentation(x, beta) for _ in range(n if lambda2 > 0 else 0)]  # w x + (1 - w) T_a(x)
+    if n < 1:
+        raise ValueError(f"n must be at least 1, not {n}")
+    noisy = [gaussian_noise(x, sigma_max) for _ in range(n if lambda1 else 0)]  # x + delta^(k)
+    mixed = [mixed_augmentation(x, beta) for _ in range(n if lambda2 else 0)]  # w x + (1 - w) T_a(x)
     logits, *others = forward(f, x, *noisy, *mixed, joint=joint)
 
     divergence = [kl_divergence(logits, other) for other in others]  # D(p(x) || p(x^(k)))
@@ -214,13 +182,12 @@ def mean(values: list[Tensor]) -> Tensor | float:
 
 
 def _with_hparams(loss: Callable) -> Callable:
-    """loss(f, x, y, **those of hparams that are its keyword arguments), hparams being the flags' dict."""
-    keys = [k for k, p in inspect.signature(loss).parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    """`loss` called with the dict of all flags, hparams, of which it gets those that are its keyword arguments."""
+    keys = [k for k, p in inspect.signature(loss).parameters.items() if p.kind is p.KEYWORD_ONLY]
 
     def call(f: nn.Module, x: Tensor, y: Tensor, hparams: dict) -> tuple[Tensor, Tensor]:
         return loss(f, x, y, **{key: hparams[key] for key in keys if key in hparams})
 
-    call.hparams = tuple(keys)
     return call
 
 

@@ -261,6 +261,7 @@ if [[ $mode == test ]]; then
   PATH=$(dirname "$(command -v "$PYTHON")"):$PATH # where pip has put them
   ruff check --quiet .
   shellcheck run_all.sh .ci/run
+  export OMP_NUM_THREADS=1 # two at a time, where a second thread each would be in the way
   exec "$PYTHON" -m pytest -n 2 --dist loadfile "${more[@]}"
 fi
 # on a CPU the runs share the cores

@@ -34,14 +34,14 @@ from tqdm import tqdm
 import utils
 from augment import preprocess
 from data import BUILT_IN, Dataset, load_dataset
-from evaluate import predict
+from evaluate import WHERE_IT_RAN, predict
 from losses import METHODS
 from models import ARCHS, build_model
 from utils import seed
 
 LOG = ("epoch", "lr", "train_loss", "train_accuracy", "test_accuracy",
        "seconds", "images_per_second", "peak_memory_mib")  # fmt: skip
-MAY_DIFFER = ("data", "device", "compile", "recompute", "tag", "out", "resume")  # when a run goes on
+MAY_DIFFER = (*WHERE_IT_RAN, "tag")  # when a run goes on
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -66,9 +66,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--lambda2", type=not_negative, default=0.3, help="weight of the mixed augmentations; 0 leaves them out")
     flag("--sigma-max", type=not_negative, default=0.2, help="largest noise level, on pixels in [0, 1]; of GN too")
     flag("--beta", type=utils.number(float, low=0.01), default=1.0, help="w ~ Beta(beta, beta) mixes x with T_a(x)")
-    flag("--n", type=natural, default=5, help="samples of each regulariser")
+    flag("--n", type=count, default=5, help="samples of each regulariser")
     flag = parser.add_argument_group("AT and TRADES, Eq. (2) and (3)").add_argument
-    flag("--epsilon", type=not_negative, default=8 / 255, help="l_inf radius, on pixels in [0, 1]")
+    flag("--epsilon", type=not_negative, default=8 / 255, help="l_inf radius, on pixels in [0, 1], 8/255")
     flag("--pgd-steps", type=natural, default=7, help="steps of the attack")
     flag("--pgd-step-size", type=not_negative, help="by default 2.5 epsilon / steps")
     flag("--trades-lambda", type=not_negative, default=3.0, help="weight of TRADES' robust term")
@@ -94,8 +94,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--resume", action="store_true", help="go on where the run stopped; from the start if there is nothing yet")
 
     args = parser.parse_args(argv)
-    if args.method == "magnma" and args.n == 0 and args.lambda1 + args.lambda2 > 0:
-        raise ValueError("--n 0 with a positive --lambda1 or --lambda2: MAGNMA needs at least one sample")
     if args.pgd_step_size is None:
         args.pgd_step_size = 2.5 * args.epsilon / max(1, args.pgd_steps)
     if args.tag is None:
@@ -198,7 +196,7 @@ def optimiser(f: nn.Module, args: argparse.Namespace, device: torch.device) -> t
     fused = device.type == "cuda"
     sgd = torch.optim.SGD(f.parameters(), args.lr, momentum=0.9, nesterov=True, weight_decay=args.weight_decay,
                           fused=fused)  # fmt: skip
-    for p in f.parameters() if fused else ():  # after a first step that was skipped it would find none
+    for p in f.parameters() if fused else ():  # a first step that is skipped would leave them uninitialised
         sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
     return sgd
 
@@ -207,7 +205,7 @@ def add_up_gradients(f: nn.Module, world: int) -> None:
     """Replace each gradient by its sum over the processes."""
     if world == 1:
         return
-    gradients = [p.grad for p in f.parameters()]
+    gradients = [p.grad for p in f.parameters() if p.grad is not None]
     flat = torch.cat([g.flatten() for g in gradients])
     dist.all_reduce(flat)
     for g, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
@@ -276,8 +274,10 @@ def open_run(
         except (KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise ValueError(f"{last} is no checkpoint of train.py ({str(error)[:80]}); name another --out") from error
         if differ:
-            flags = ", ".join(f"--{k.replace('_', '-')} {theirs.get(k)} (now {config[k]})" for k in differ)
-            raise ValueError(f"the run in {folder} was begun with {flags}; go on as it began, or name another --out")
+            no_flags = ("processes", "data_source", "train_images")
+            names = [k if k in no_flags else "--" + k.replace("_", "-") for k in differ]
+            told = ", ".join(f"{n} {theirs.get(k)} (now {config[k]})" for n, k in zip(names, differ, strict=True))
+            raise ValueError(f"the run in {folder} was begun with {told}; go on as it began, or name another --out")
         if rank == 0:
             write_log(folder, log)  # where it was killed between last.pt and the log
         return log
@@ -321,6 +321,8 @@ def main(argv: list[str] | None = None) -> None:
     device = utils.pick_device(args.device)
     rank, world = 0, 1
     if "RANK" in os.environ:  # torchrun started this process
+        if ":" in args.device:
+            raise ValueError(f"--device {args.device} is for one process; under torchrun use --device cuda")
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
         rank, world = dist.get_rank(), dist.get_world_size()
     if rank > 0:

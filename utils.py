@@ -172,11 +172,18 @@ def load_checkpoint(path: str | Path) -> dict:
 # The command line
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Help with the defaults, where there are any."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with its errors as ValueError of one line, and the defaults in the help."""
 
     def __init__(self, **options: object):
-        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **options)
+        super().__init__(formatter_class=Help, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}; --help shows the flags")
@@ -197,7 +204,9 @@ def number(kind: type, low: float = -math.inf, above: float = -math.inf) -> Call
 
 
 def run_main(main: Callable[[], int | None]) -> int:
-    """Run a script's main; the user's mistakes (ValueError, OSError) become one line on stderr and exit code 2."""
+    """Run a script's main; the user's mistakes (ValueError, OSError) become one line on stderr and exit code 2.
+
+    `python -X dev` shows where they were raised."""
     script = Path(sys.argv[0]).name
     try:
         return main() or 0
@@ -207,6 +216,8 @@ def run_main(main: Callable[[], int | None]) -> int:
     except torch.OutOfMemoryError:
         print(f"{script}: the GPU's memory is full; --recompute or a smaller --batch-size needs less", file=sys.stderr)
     except (ValueError, OSError) as error:
+        if sys.flags.dev_mode:
+            raise
         print(f"{script}: {' '.join(str(error).split())}", file=sys.stderr)
     return 2
 

