@@ -68,7 +68,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--beta", type=utils.number(float, low=0.01), default=1.0, help="w ~ Beta(beta, beta) mixes x with T_a(x)")
     flag("--n", type=count, default=5, help="samples of each regulariser")
     flag = parser.add_argument_group("AT and TRADES, Eq. (2) and (3)").add_argument
-    flag("--epsilon", type=not_negative, default=8 / 255, help="l_inf radius, on pixels in [0, 1], 8/255")
+    flag("--epsilon", type=not_negative, default=8 / 255, help="l_inf radius, on pixels in [0, 1]; by default 8/255")
     flag("--pgd-steps", type=natural, default=7, help="steps of the attack")
     flag("--pgd-step-size", type=not_negative, help="by default 2.5 epsilon / steps")
     flag("--trades-lambda", type=not_negative, default=3.0, help="weight of TRADES' robust term")

@@ -173,10 +173,11 @@ def load_checkpoint(path: str | Path) -> dict:
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Help with the defaults, where there are any."""
+    """Help with the defaults, where there are any and the text does not tell them itself."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        told = action.default is None or action.default is False or "default" in action.help
+        return action.help if told else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
