@@ -221,10 +221,10 @@ def training(groups: dict[Key, Group]) -> Figure:
     return figure
 
 
-def picture(ax: Axes, image: np.ndarray, title: str) -> None:
-    """An image (32, 32, 3), its title above."""
+def picture(ax: Axes, image: np.ndarray, title: str, below: bool = False) -> None:
+    """An image (32, 32, 3), its title above or below."""
     ax.imshow(image)
-    ax.set_title(title, fontsize=7.5)
+    ax.set_title(title, fontsize=7.5, **({"y": 0, "pad": -3, "va": "top"} if below else {}))
     ax.set_axis_off()
 
 
@@ -245,14 +245,14 @@ def branches(u8: Tensor) -> Figure:
     for a, v, w in zip(*augment.draw_mixed(N, BETA), strict=True):
         name = augment.A[a]
         level = f"level {v:.1f}" if name in ("posterize", "solarize") else "no level"
-        mixes.append(f"{name}\n{level}\n$w$ = {w:.2f}")
+        mixes.append(f"{name}\n{level}, $w$ = {w:.2f}")
 
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1, 4), wspace=0.02)
-    picture(left.subplots(), x[0].permute(1, 2, 0).numpy(), "clean image $x$")
+    picture(left.subplots(), x[0].permute(1, 2, 0).numpy(), "clean image $x$", below=True)
     noise = r"$x + \delta,\ \ \delta \sim N(0, \sigma^2 I),\ \ \sigma \sim U(0, 0.2)$"
     mixture = r"$w\,x + (1 - w)\,T_a(x),\ \ a \sim U(A),\ \ w \sim \mathrm{Beta}(1, 1)$"
-    top, bottom = right.subfigures(2, 1, hspace=0.03, height_ratios=(1, 1.2))
+    top, bottom = right.subfigures(2, 1, hspace=0.03, height_ratios=(1, 1.08))
     for part, face, edge, words, images, titles in (
         (top, "#FDF0E6", "#D55E00", f"{N} noisy copies  {noise}", noisy, [rf"$\sigma$ = {s:.2f}" for s in sigma]),
         (bottom, "#E8F2F9", "#0072B2", f"{N} mixed copies  {mixture}", mixed, mixes),
@@ -260,7 +260,7 @@ def branches(u8: Tensor) -> Figure:
         part.set_facecolor(face)
         part.suptitle(words, color=edge, fontsize=10)
         for ax, image, title in zip(part.subplots(1, N), images, titles, strict=True):
-            picture(ax, image.clamp(0, 1).permute(1, 2, 0).numpy(), title)
+            picture(ax, image.clamp(0, 1).permute(1, 2, 0).numpy(), title, below=True)
     return figure
 
 

@@ -1,5 +1,7 @@
 """figures.py: the bars and lines are the numbers, Figure 1 shows what augment made, what has no data is left out."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -119,7 +121,7 @@ def test_figure_1_shows_what_augment_made_and_figure_4_the_corruptions(monkeypat
     assert np.allclose(shown, torch.cat([x[:1], noisy, mixed]).permute(0, 2, 3, 1), atol=1e-6)
     assert [ax.get_title() for ax in axes[1:6]] == [f"$\\sigma$ = {s:.2f}" for s in sigma.flatten()]
     for ax, *drawn in zip(axes[6:], a, v, w, strict=True):
-        name, level, weight = ax.get_title().split("\n")
+        name, level, weight = re.split("\n|, ", ax.get_title())
         assert (name, weight) == (augment.A[drawn[0]], f"$w$ = {drawn[2]:.2f}")
         assert level == ("no level" if name in ("autocontrast", "equalize") else f"level {drawn[1]:.1f}")
     monkeypatch.setattr(corruptions, "frost_photographs", lambda: utils.Parser().error("no photographs"))
