@@ -141,13 +141,13 @@ def evaluate(
         confidence, prediction = predict(f, images[:limit], dtype=dtype, **ensemble)
         return confidence.numpy(), (prediction == labels).numpy()
 
-    clean = run(dataset.test_images, "clean")
     further = sorted(p.stem for p in corrupted_folder(dataset.name, root).glob("*.npy"))
     names = [*CORRUPTIONS, *(name for name in further if name not in (*CORRUPTIONS, "labels"))]
     sets = {name: load_corrupted(dataset.name, root, name) for name in names}  # all there before the first is predicted
     for name, images in sets.items():
         if images.shape[1] != len(dataset.test_images):
             raise ValueError(f"{name}.npy holds {images.shape[1]} images a severity, not {len(dataset.test_images)}")
+    clean = run(dataset.test_images, "clean")
     confidence, correct = ({name: [] for name in names} for _ in range(2))
     with tqdm(total=len(names) * len(SEVERITIES), desc="corrupted sets", unit="set", disable=None) as bar:
         for name in names:
@@ -345,8 +345,8 @@ def check_results(content: dict) -> None:
             sets = {name: e["corruptions"][name] for name in CORRUPTIONS} | e["corruptions"]
             cells = [e["clean"], *(cell for cells in sets.values() for cell in cells)]
             pooled = [e[f"corrupt_rms_calibration_error{kind}"] for kind in ("", "_adaptive")]
-            names = scores(np.ones(1), np.ones(1))
-            values = [e["mca"], *pooled, *(cell[name] for cell in cells for name in names)]
+            kinds = ("accuracy", "rms_calibration_error", "rms_calibration_error_adaptive")  # as `scores` has them
+            values = [e["mca"], *pooled, *(cell[kind] for cell in cells for kind in kinds)]
             if not all(0 <= value <= 100 for value in values):  # NaN fails, and text
                 raise ValueError("a number is no percentage")
             if any(len(cells) != len(SEVERITIES) for cells in sets.values()):
