@@ -21,14 +21,13 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import augment
+import tables
 import utils
 from corruptions import corrupt
 from data import CORRUPTIONS, load_dataset
 from evaluate import Group, group_runs, read_results
+from tables import MAGNMA, MIX, NOISE, SETTINGS, Cell, Place, cells_of, choose, evaluations, label
 
-PAPER = utils.read_json(Path(__file__).resolve().parent / "paper" / "tables.json")
-NAMES = PAPER["names"] | {"magnma": "MAGNMA"}
-NOISE, MIX, MAGNMA = "magnma 0.2 0 0.2 1", "magnma 0 5 0.2 1", "magnma 0.2 0.3 0.2 1"  # as PAPER has them
 METHODS = {  # the paper's columns: colour, hatch, marker
     "standard": ("#999999", "", "o"), "at": ("#F0E442", "//", "v"), "trades": ("#E69F00", "\\\\", "^"),
     "rse": ("#CC79A7", "..", "<"), "gn": ("#56B4E9", "xx", ">"), "augmix": ("#0072B2", "//", "s"),
@@ -49,87 +48,59 @@ LOOK = {
     "legend.columnspacing": 1, "legend.handletextpad": 0.4, "legend.handlelength": 1.5,
 }  # fmt: skip
 MARKER = {"markersize": 4, "markeredgecolor": "black", "markeredgewidth": 0.4}
-TABLE5 = [row.split("/")[2] for row in PAPER["tables"]["5"]]  # MAGNMA's settings
 N, SIGMA_MAX, BETA = 5, 0.2, 1.0  # of Figure 1, as in the paper
 DIGIT, NOISE_SEED, MIX_SEED = 974, 21755, 14922  # such that much is seen: weak to strong noise, all of A
 SEVERITY = 5  # of Figure 4
 
-Key = tuple[str, str, str]  # data set, network, column
-Cells = dict[str, tuple[float, float | None]]  # metric -> mean and deviation over seeds, percent
+Cells = dict[str, Cell]  # metric -> mean and deviation over seeds, percent
 Styles = dict[str, tuple[str, str, str]]
 
 
-def label(key: str) -> str:
-    """The paper's name of a data set, network, corruption, metric or column (`method tag`), or the key itself."""
-    method, _, tag = key.partition(" ")
-    return NAMES.get(key) or f"{NAMES.get(method, method)} {tag}".strip()
-
-
-def published() -> dict[Key, Cells]:
+def papers_numbers() -> dict[Place, Cells]:
     """The numbers of the paper's Tables 1-4."""
-    numbers: dict[Key, Cells] = {}
-    for row, cells in itertools.chain(*(PAPER["tables"][table].items() for table in "1234")):
-        dataset, arch, metric = row.split("/")
-        for column, cell in cells.items():
-            numbers.setdefault((dataset, arch, column), {})[metric] = tuple(cell)
+    numbers: dict[Place, Cells] = {}
+    for (*place, metric), cell in tables.published("1234").items():
+        numbers.setdefault(tuple(place), {})[metric] = cell
     return numbers
 
 
-def place_groups(groups: list[Group]) -> dict[Key, Group]:
-    """Each group's data set, network and column; what is not drawn is named, with the reason.
-
-    MAGNMA at the paper's lambdas takes the paper's columns, with n = 5 where that was run. All others are called
-    `method tag`.
-    """
-    placed: dict[Key, Group] = {}
-    for group in sorted(groups, key=lambda group: group.shared["hparams"].get("n") != 5):
-        shared, h = group.shared, group.shared["hparams"]
-        where, column = (shared["dataset"], shared["arch"]), f"{shared['method']} {shared['tag'] or ''}".strip()
-        setting = [h.get(name) for name in ("lambda1", "lambda2", "sigma_max", "beta")]
-        if shared["method"] == "magnma" and not h.get("joint"):
-            papers = next((s for s in TABLE5 if list(map(float, s.split()[1:])) == setting), column)
-            column = column if (*where, papers) in placed else papers
-        why = "there are others of its name" if (*where, column) in placed else ""
-        why = "it is of Table 5 alone" if column in TABLE5 and column not in METHODS else why
-        why = why if all(run.get("best") for run in group.seeds.values()) else "best.pt was not evaluated"
-        if why:
-            print(f"{', '.join(map(label, (*where, column)))}, seeds {list(group.seeds)}: not drawn, since {why}")
+def runs_to_draw(groups: list[Group]) -> dict[Place, Group]:
+    """For each data set, network and column the runs that tables.py shows. What is not drawn is named."""
+    drawn = {}
+    for place, (shown, *others) in choose(groups, "best").items():
+        name = ", ".join(map(label, place))
+        if not evaluations(shown, "best"):
+            print(f"{name}: not drawn, since best.pt was not evaluated")
+        elif place[2] in SETTINGS and place[2] not in METHODS:
+            print(f"{name}: not drawn, since it is of Table 5 alone")
         else:
-            placed[*where, column] = group
-    return placed
+            drawn[place] = shown
+            for other in others:
+                print(f"{name}: drawn | not drawn: {tables.telling([shown, other])}")
+    return drawn
 
 
-def summarise(group: Group) -> Cells:
-    """best.pt's numbers: means over seeds, and the population's deviation where there are several."""
-    rows = []
-    for e in (run["best"] for run in group.seeds.values()):
-        row = {"clean": e["clean"]["accuracy"], "mca": e["mca"], "corrupt_rmse": e["corrupt_rms_calibration_error"]}
-        rows.append(row | {m: np.mean([cell["accuracy"] for cell in e["corruptions"][m]]) for m in CORRUPTIONS})
-    columns = {metric: [row[metric] for row in rows] for metric in rows[0]}
-    return {m: (float(np.mean(v)), float(np.std(v)) if len(v) > 1 else None) for m, v in columns.items()}
-
-
-def footer(groups: dict[Key, Group]) -> str:
+def footer(groups: dict[Place, Group]) -> str:
     """What was really run: a line for all columns that share data, corruptions, network, epochs and seeds."""
     lines: dict[str, list[str]] = {}
     for (dataset, arch, column), g in groups.items():
         s, h = g.shared, g.shared["hparams"]
         data = f"{label(dataset)} ({s['data_source']}, {s['train_images']} training and {s['test_images']} test images)"
-        how = f"{h.get('epochs')} epochs, seeds {', '.join(map(str, g.seeds))}"
+        how = f"{h.get('epochs')} epochs, seeds {', '.join(map(str, g.seeds))}" if s["method"] else "trained elsewhere"
         line = f"{data}, {s['corruption_source']} corruptions, {label(arch)}, {how}"
         n = f" (n = {h.get('n')})" if s["method"] == "magnma" else ""
         lines.setdefault(line, []).append(label(column) + n)
     return "\n".join(f"{line}: {', '.join(columns)}" for line, columns in lines.items())
 
 
-def columns_of(keys: dict[Key, object]) -> Styles:
+def columns_of(keys: dict[Place, object]) -> Styles:
     """The columns in the paper's order, then others by name, each with its colour, hatch and marker."""
     there = {column for _, _, column in keys}
     others = zip(sorted(there - set(METHODS)), itertools.cycle(OTHERS), strict=False)
     return {column: style for column, style in METHODS.items() if column in there} | dict(others)
 
 
-def by_network(numbers: dict[Key, Cells], metric: str, ylabel: str) -> Figure:
+def by_network(numbers: dict[Place, Cells], metric: str, ylabel: str) -> Figure:
     """Figure 2 (metric mca) or 3 (corrupt_rmse): bars by network, a panel for each data set."""
     panels, columns = {}, columns_of(numbers)
     for dataset in dict.fromkeys(dataset for dataset, _, _ in numbers):
@@ -140,7 +111,7 @@ def by_network(numbers: dict[Key, Cells], metric: str, ylabel: str) -> Figure:
     return bars(panels, columns, ylabel, 3.2)
 
 
-def by_method(numbers: dict[Key, Cells]) -> Figure:
+def by_method(numbers: dict[Place, Cells]) -> Figure:
     """Figure 5 or 6: clean accuracy and mCA of each method, on one data set and network."""
     (dataset, arch, _), columns = next(iter(numbers)), list(columns_of(numbers))
     series = {metric: [numbers[dataset, arch, column][metric] for column in columns] for metric in METRICS}
@@ -170,7 +141,7 @@ def bars(panels: dict[str, tuple], styles: Styles, ylabel: str, width: float) ->
     return figure
 
 
-def profile(numbers: dict[Key, Cells]) -> Figure:
+def profile(numbers: dict[Place, Cells]) -> Figure:
     """Figure 7 or 8: accuracy by corruption and each category's mean, on one data set and network."""
     (dataset, arch, _), columns = next(iter(numbers)), columns_of(numbers)
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")
@@ -188,13 +159,13 @@ def profile(numbers: dict[Key, Cells]) -> Figure:
     return figure
 
 
-def reliability(groups: dict[Key, Group]) -> Figure:
+def reliability(groups: dict[Place, Group]) -> Figure:
     """Accuracy over mean confidence in each calibration bin, and the share of predictions in it, all seeds together."""
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")
     for (ax, share), kind in zip(figure.subplots(2, 2, height_ratios=[3, 1]).T, ("clean", "corrupt"), strict=True):
         ax.plot([0, 1], [0, 1], ":", color="black")
         for (dataset, arch, column), group in groups.items():
-            bins = np.sum([run["best"]["reliability"][kind] for run in group.seeds.values()], axis=0)
+            bins = np.sum([e["reliability"][kind] for e in evaluations(group, "best").values()], axis=0)
             count, confidence, correct = bins[bins[:, 0] > 0].T
             colour, _, marker = columns_of(groups)[column]
             ax.plot(confidence / count, correct / count, f"{marker}-", color=colour, label=label(column), **MARKER)
@@ -206,7 +177,7 @@ def reliability(groups: dict[Key, Group]) -> Figure:
     return figure
 
 
-def training(groups: dict[Key, Group]) -> Figure:
+def training(groups: dict[Place, Group]) -> Figure:
     """Training loss, and clean test accuracy where tested, by epoch: a line a run, on one data set and network."""
     figure = Figure(figsize=(7.2, 3.0), layout="constrained")
     for ax, metric in zip(figure.subplots(1, 2), ("train_loss", "test_accuracy"), strict=True):
@@ -250,8 +221,8 @@ def branches(u8: Tensor) -> Figure:
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1, 4), wspace=0.02)
     picture(left.subplots(), x[0].permute(1, 2, 0).numpy(), "clean image $x$", below=True)
-    noise = r"$x + \delta,\ \ \delta \sim N(0, \sigma^2 I),\ \ \sigma \sim U(0, 0.2)$"
-    mixture = r"$w\,x + (1 - w)\,T_a(x),\ \ a \sim U(A),\ \ w \sim \mathrm{Beta}(1, 1)$"
+    noise = rf"$x + \delta,\ \ \delta \sim N(0, \sigma^2 I),\ \ \sigma \sim U(0, {SIGMA_MAX:g})$"
+    mixture = rf"$w\,x + (1 - w)\,T_a(x),\ \ a \sim U(A),\ \ w \sim \mathrm{{Beta}}({BETA:g}, {BETA:g})$"
     top, bottom = right.subfigures(2, 1, hspace=0.03, height_ratios=(1, 1.08))
     for part, face, edge, words, images, titles in (
         (top, "#FDF0E6", "#D55E00", f"{N} noisy copies  {noise}", noisy, [rf"$\sigma$ = {s:.2f}" for s in sigma]),
@@ -290,7 +261,7 @@ def save(figure: Figure, path: Path, note: str) -> None:
         lines = [part for line in note.split("\n") for part in textwrap.wrap(line, int(21 * width))]
         figure.supxlabel("\n".join(lines), fontsize=6, color="#555555")
     with utils.atomic_write(path) as file:
-        figure.savefig(file, format=path.suffix[1:], dpi=200)
+        figure.savefig(file, format="png", dpi=200)
     print(path)
 
 
@@ -303,7 +274,6 @@ def main(argv: list[str] | None = None) -> int:
     flag("--dataset", default="cifar10", help="the data set in CIFAR-10's place")
     flag("--arch", default="resnet18", help="the network in ResNet-18's place")
     flag("--out", default="figures", help="the folder of the figures")
-    flag("--pdf", action="store_true", help="PDF files too")
     args = parser.parse_args(argv)
     if (args.runs is None) == (args.source == "runs"):
         raise ValueError("name the folder of the runs or --source paper, one of the two")
@@ -312,16 +282,17 @@ def main(argv: list[str] | None = None) -> int:
     for path, run in runs.items():
         if (log := path.with_name("log.csv")).exists():
             run["log"] = np.genfromtxt(log, delimiter=",", names=True, ndmin=1)
-    groups = place_groups(group_runs(runs))
+    groups = runs_to_draw(group_runs(runs))
     logged = {key: group for key, group in groups.items() if all("log" in run for run in group.seeds.values())}
-    numbers = {key: summarise(group) for key, group in groups.items()} if args.runs else published()
+    numbers = {place: cells_of(g, "best") for place, g in groups.items()} if args.runs else papers_numbers()
 
     def pick(values: dict, sets: list[str], arches: list[str], few: bool = False) -> dict:
         """Those on these data sets and networks, in order; few: Standard, AugMix, MAGNMA, methods of the user's own."""
         columns = [c for c in columns_of(values) if not few or c not in METHODS or c in ("standard", "augmix", MAGNMA)]
         return {key: values[key] for key in itertools.product(sets, arches, columns) if key in values}
 
-    sets, arches = list(dict.fromkeys([Path(args.dataset).stem, "cifar100"])), [args.arch, "densenet121", "inceptionv3"]
+    sets = list(dict.fromkeys([Path(args.dataset).name.removesuffix(".npz"), "cifar100"]))
+    arches = [args.arch, "densenet121", "inceptionv3"]
     digit, three = load_dataset("digits", "").train_images[[DIGIT]], pick(numbers, sets, arches, few=True)
     plan = {"figure1": (branches, digit), "figure4": (gallery, digit), "figure2": (by_network, three, "mca", "mCA (%)"),
             "figure3": (by_network, three, "corrupt_rmse", "RMS calibration error (%)")}  # fmt: skip
@@ -336,10 +307,9 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{name} is not drawn: {why}")
             continue
         ran = footer({key: groups[key] for key in data if key in groups})
-        note = ran if args.runs else f"Published numbers: {PAPER['source']}"
-        for suffix in ("png", "pdf") if args.pdf else ("png",):
-            with matplotlib.rc_context(LOOK):
-                save(draw(data, *rest), Path(args.out, f"{name}.{suffix}"), note)
+        note = ran if args.runs else f"Published numbers: {tables.PAPER['source']}"
+        with matplotlib.rc_context(LOOK):
+            save(draw(data, *rest), Path(args.out, f"{name}.png"), note)
     for problem in problems:
         print(problem, file=sys.stderr)
     return 1 if problems else 0

@@ -39,7 +39,7 @@ ANOTHER = "not shown, its seed is there already"
 # The paper's recipe as NOTES.md reads it, of all runs and of a method
 RECIPE = {
     "data_source": "official", "corruption_source": "official", "amp": "off", "evaluation_amp": "off", "epochs": 150,
-    "batch_size": 512, "lr": 0.1, "weight_decay": 5e-4, "subset": None, "limit": None, "joint": False,
+    "batch_size": 512, "lr": 0.1, "weight_decay": 5e-4, "eval_every": 5, "subset": None, "limit": None, "joint": False,
 }  # fmt: skip
 PGD = {"epsilon": 8 / 255, "pgd_steps": 7, "pgd_step_size": 2.5 * (8 / 255) / 7}
 OWN = {
@@ -126,12 +126,13 @@ def departures(group: Group) -> list[str]:
     found, said = facts(group), []
     for name, value in (RECIPE | OWN.get(group.shared["method"], {})).items():
         if name in found and found[name] != value:
-            said.append(f"{name} {found[name]}" + (f" (paper: {value})" if value else ""))
+            what = "unknown" if found[name] is None else found[name]
+            said.append(f"{name} {what}" + (f" (paper: {value})" if value else ""))
     return said
 
 
 def telling(groups: list[Group]) -> str:
-    """What tells groups apart, each one's value in their order; the tag only where nothing else does."""
+    """The facts in which groups differ, with each one's value in their order; the tag only where nothing else does."""
     found = [facts(group) for group in groups]
     names = [n for n in dict.fromkeys(n for f in found for n in f) if len({json.dumps(f.get(n)) for f in found}) > 1]
     names = [name for name in names if name != "tag"] or names
@@ -157,20 +158,20 @@ def choose(groups: list[Group], checkpoint: str) -> dict[Place, list[Group]]:
 def show_list(groups: list[Group], checkpoint: str, style: str) -> None:
     """Print a row for each group, and notes; as csv, deviations have columns of their own and notes go to stderr."""
     about = ["data set", "network", "method", "seeds", "epochs", "precision", "images", "corruptions"]
-    rows, alike = [], {}
+    rows, same_place = [], {}
     for group in groups:
         shared, cells = group.shared, cells_of(group, checkpoint)
         run = [shared["dataset"], shared["arch"], method_of(group)]
-        alike.setdefault(" ".join(run), []).append(group)
-        seeds = " ".join(map(str, evaluations(group, checkpoint))) or NEVER_RUN
-        precision = "/".join(dict.fromkeys(str(shared[name]) for name in ("amp", "evaluation_amp")))
-        images = f"{shared['train_images']}/{shared['test_images']}"
+        same_place.setdefault(" ".join(run), []).append(group)
+        seeds = " ".join(str(seed) for seed in evaluations(group, checkpoint) if seed is not None) or NEVER_RUN
+        precision = "/".join(dict.fromkeys(str(shared[name] or NEVER_RUN) for name in ("amp", "evaluation_amp")))
+        images = f"{shared['train_images'] or NEVER_RUN}/{shared['test_images']}"
         row = [*run, seeds, str(shared["hparams"].get("epochs", "")), precision, images, shared["corruption_source"]]
         for metric in SUMMARY:
             row += cells.get(metric, ("", "")) if style == "csv" else [str(cells.get(metric, NEVER_RUN))]
         rows.append(row)
     rows.sort(key=lambda row: row[: len(about)])
-    notes = [f"rows of {whom} differ in {telling(same)}" for whom, same in alike.items() if len(same) > 1]
+    notes = [f"rows of {whom} differ in {telling(same)}" for whom, same in same_place.items() if len(same) > 1]
     notes += [f"{ANOTHER}: {path}" for group in groups for path in group.left_out]
     if style == "csv":
         header = [*about, *(part for metric in SUMMARY for part in (metric, f"{metric}_deviation"))]
@@ -249,7 +250,8 @@ SLACK = 1.0  # points that our gain may fall short of a stated one: some three d
 NOISES = ("impulse_noise", "shot_noise", "speckle_noise")
 BLURS = ("contrast", "defocus_blur", "gaussian_blur", "glass_blur", "motion_blur", "zoom_blur")
 
-STATED = (  # where, mean over so many networks, metric, column, better than, by as many points on CIFAR-10, CIFAR-100
+# where it stands, over how many networks the mean is, metric, column, its rival, points stated on CIFAR-10, CIFAR-100
+STATED = (
     ("Sec. 4", 1, "mca", MAGNMA, "standard", "13.6", "16.7"),
     ("Sec. 7.4", 1, "mca", MAGNMA, "standard", None, "13.6"),
     ("Sec. 4", 1, "mca", "augmix", "standard", "11.9", None),
@@ -259,12 +261,14 @@ STATED = (  # where, mean over so many networks, metric, column, better than, by
     ("Sec. 4", 3, "corrupt_rmse", MAGNMA, "standard", "15.4", "16.2"),
     ("Sec. 4", 3, "corrupt_rmse", MAGNMA, "augmix", "2.81", "4.73"),
 )
-BEST = (  # where, claim, one of these columns is better than all of these
+# where it stands, claim, columns of which one leads, their rivals
+BEST = (
     ("Sec. 4", "MAGNMA best for most corruptions", (MAGNMA,), (*BASELINES, NOISE, MIX)),
     ("Sec. 4", "the same, its ablations left out", (MAGNMA,), BASELINES),
     ("Sec. 4", "the same, its ablations counted as MAGNMA", (MAGNMA, NOISE, MIX), BASELINES),
 )
-AHEAD = (  # where, claim, on so many networks, in these metrics, column, is better than these, by more than, may fail
+# where it stands, claim, number of networks, metrics, column, its rivals, least lead in points, failures allowed
+AHEAD = (
     ("Fig. 5, 6", "MAGNMA's mCA above every baseline's", 1, ["mca"], MAGNMA, BASELINES, 0, 0),
     ("Sec. 4", "MAGNMA's mCA above either ablation's", 1, ["mca"], MAGNMA, (NOISE, MIX), 0, 0),
     ("Sec. 4", "MAGNMA keeps clean accuracy, to a point", 1, ["clean"], MAGNMA, ["standard"], -1, 0),
@@ -304,7 +308,7 @@ def stated_gain(
     return f"{mean:.2f}", "holds" if mean >= float(stated) - SLACK else "in part" if mean > 0 else "does not hold"
 
 
-def best(dataset: str, own: tuple[str, ...], rivals: tuple[str, ...], cells: Cells) -> Finding:
+def leads_most(dataset: str, own: tuple[str, ...], rivals: tuple[str, ...], cells: Cells) -> Finding:
     """One of `own` alone has the best accuracy, at two decimals, in more than half of the 18 corruptions."""
     alone = tied = 0
     for name in CORRUPTIONS:
@@ -371,7 +375,7 @@ def claims(exact: bool) -> list[tuple[str, str, Callable[[Cells], Finding]]]:
             words += ", mean of 3 networks" if networks == 3 else ""
             check = partial(stated_gain, dataset, networks, metric, column, over, points[k], exact)
             found += [(where, of + words, check)] if points[k] else []
-        found += [(where, of + words, partial(best, dataset, *how)) for where, words, *how in BEST]
+        found += [(where, of + words, partial(leads_most, dataset, *how)) for where, words, *how in BEST]
         found.append(("Sec. 4", of + "AugMix ahead within the deviation only", partial(within_deviation, dataset)))
         found += [(where, of + words, partial(ahead, dataset, *how)) for where, words, *how in AHEAD]
     for metric in SUMMARY:
@@ -396,13 +400,13 @@ def claim_rows(ours: Cells) -> tuple[list[str], list[list[str]]]:
     return ["Where", "Claim", "The paper's tables", "Verdict", "Our runs", "Verdict"], [*rows, [*agree, NEVER_RUN, ""]]
 
 
-def alike(placed: dict[Place, list[Group]]) -> tuple[dict[Place, list[Group]], list[str]]:
+def comparable(placed: dict[Place, list[Group]]) -> tuple[dict[Place, list[Group]], list[str]]:
     """The places whose runs were made and evaluated as MAGNMA's (else the first there); a line for each other place."""
     kept, notes, first = {}, [], {}
     for place, groups in sorted(placed.items(), key=lambda item: item[0][2] != MAGNMA):
         found = facts(groups[0])
         wanted = first.setdefault(place[:2], found)
-        away = [name for name in (*RECIPE, "train_images") if found.get(name) != wanted.get(name)]
+        away = [name for name in (*RECIPE, "train_images", "processes") if found.get(name) != wanted.get(name)]
         if away:
             notes.append(f"not compared, since run otherwise ({', '.join(away)}): {', '.join(map(label, place))}")
         else:
@@ -450,7 +454,7 @@ def show(number: str | None, args: argparse.Namespace, places: dict[Place, list[
         ran = swap.get(dataset, dataset), swap.get(arch, arch)
         placed |= {(dataset, arch, place[2]): groups for place, groups in places.items() if place[:2] == ran}
     if number is None:
-        placed, notes = alike(placed)
+        placed, notes = comparable(placed)
     cells = {}
     for place, groups in placed.items():
         cells |= {(*place, metric): cell for metric, cell in cells_of(groups[0], args.checkpoint).items()}

@@ -46,7 +46,7 @@ def heights(ax):
 
 
 def test_published_numbers_are_the_bars_and_markers(monkeypatch):
-    kept, paper = draw(monkeypatch, "--source", "paper"), figures.published()
+    kept, paper = draw(monkeypatch, "--source", "paper"), figures.papers_numbers()
     assert paper["cifar10", "resnet18", "augmix"]["mca"] == (89.70, 0.40)
     assert sorted(kept) == [*(f"figure{k}" for k in range(1, 9)), "note"]
     networks, columns = ("resnet18", "densenet121", "inceptionv3"), ("standard", "augmix", MAGNMA)
@@ -79,33 +79,23 @@ def test_runs_are_drawn_and_panels_without_data_left_out(monkeypatch, tmp_path, 
     assert {name for name in kept if "6" in name or "8" in name or "cifar" in name} == set()
     printed = capsys.readouterr().out
     assert "figure6 is not drawn: no runs" in printed
-    assert "MAGNMA 0.1 0 0.2 1, seeds [0]: not drawn, since it is of Table 5 alone" in printed
+    assert "digits, ResNet-20, magnma 0.1 0 0.2 1: not drawn, since it is of Table 5 alone" in printed
+    assert "digits, ResNet-20, MAGNMA: drawn | not drawn: n 5 | 1" in printed
     (ax,) = kept["figure2"].axes  # no panel for CIFAR-100, no group for the other networks
     assert (ax.get_title(), [text.get_text() for text in ax.get_xticklabels()]) == ("digits-C", ["ResNet-20"])
-    assert ax.get_legend_handles_labels()[1] == ["Standard", "MAGNMA", "MAGNMA n_1", "mixup"]
-    assert np.allclose(heights(ax), [59.5, 68.5, 66.5, 48.5])
+    assert ax.get_legend_handles_labels()[1] == ["Standard", "MAGNMA", "mixup"]
+    assert np.allclose(heights(ax), [59.5, 68.5, 48.5])
     assert np.allclose(ax.collections[0].get_segments()[0][:, 1], [58.5, 60.5])  # the deviation of two seeds, by n
-    assert np.allclose(heights(kept["figure3"].axes[0]), [5.5, 5, 5, 5])
-    assert np.allclose(heights(kept["figure5"].axes[0])[:6], [71, 75, 76, 80, 78, 60])
+    assert np.allclose(heights(kept["figure3"].axes[0]), [5.5, 5, 5])
+    assert np.allclose(heights(kept["figure5"].axes[0])[:5], [71, 75, 76, 80, 60])
     axes = kept["reliability_digits"].axes
     assert np.allclose(axes[1].lines[1].get_xydata(), [[36 / 40, 30 / 40], [118 / 120, 181 / 240]])  # both seeds' bins
     assert np.allclose(axes[3].lines[0].get_ydata(), [25, 75])
     loss, test = kept["training_digits"].axes
-    assert len(loss.lines) == len(test.lines) == 7
+    assert len(loss.lines) == len(test.lines) == 6
     assert loss.lines[0].get_xydata().tolist() == [[1, 2.5], [2, 1.5]]
     assert test.lines[0].get_xydata().tolist() == [[2, 60]]
     assert "generated corruptions, ResNet-20, 2 epochs, seeds 0, 1: Standard\n" in kept["note"]
-
-
-def test_magnma_has_the_papers_name_with_another_n_too_where_5_was_not_run(monkeypatch, tmp_path):
-    write_run(tmp_path, 60, "magnma", "n_2", n=2)
-    write_run(tmp_path, 61, "magnma", "joint", n=2, joint=True)  # read before n_2
-    write_run(tmp_path, 55, "magnma", "noise-n_2", n=2, lambda2=0)
-    kept = draw(monkeypatch, str(tmp_path), "--dataset", "digits", "--arch", "resnet20")
-    (ax,) = kept["figure2"].axes
-    assert ax.get_legend_handles_labels()[1] == ["MAGNMA", "MAGNMA joint"]
-    assert np.allclose(heights(ax), [68.5, 69.5])
-    assert "MAGNMA noise (n = 2), MAGNMA (n = 2), MAGNMA joint (n = 2)" in kept["note"]
 
 
 def test_figure_1_shows_what_augment_made_and_figure_4_the_corruptions(monkeypatch):

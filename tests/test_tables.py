@@ -232,6 +232,7 @@ def test_other_peoples_folders_end_in_no_traceback(tmp_path, capsys):
         left_out = re.findall(r"^tables.py: \S+(run\d+)/results.json is left out: ", err, re.MULTILINE)
         assert left_out == [f"run{k:03}" for k in range(4, 10)]
         assert argv == "--claims" or "theirs" in out
+        assert not [line for line in out.splitlines() if "foreign" in line and "None" in line]
 
 
 def test_mistakes_are_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch):
