@@ -23,7 +23,6 @@ from PIL import Image, ImageOps
 from tabulate import tabulate
 from torch import Tensor
 from torch.utils.benchmark import Timer
-from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import utils
@@ -31,7 +30,7 @@ from augment import DEGREES, JITTER, OPERATIONS, PADDING, A, augmix, gaussian_no
 from corruptions import SEVERITIES, corrupt
 from evaluate import predict
 from losses import METHODS
-from models import build_model
+from models import build_model, recompute
 
 torchvision = utils.import_torchvision()
 transforms, to_tensor = torchvision.transforms, torchvision.transforms.functional.to_tensor
@@ -41,10 +40,10 @@ HPARAMS = {  # train.py's defaults
     "lambda1": 0.2, "lambda2": 0.3, "sigma_max": 0.2, "beta": 1.0, "n": N, "epsilon": 8 / 255, "pgd_steps": 7,
     "pgd_step_size": 2.5 * 8 / 255 / 7, "trades_lambda": 3.0, "rse_sigma": 0.1, "jsd_lambda": 12.0,
 }  # fmt: skip
-NOISE, MIX = partial(gaussian_noise, sigma_max=0.2), partial(mixed_augmentation, beta=1.0)
+NOISY, MIXED = partial(gaussian_noise, sigma_max=0.2), partial(mixed_augmentation, beta=1.0)
 COPIES = {  # what a method makes of the preprocessed images before its first pass
-    "standard": (), "at": (), "trades": (), "rse": (NOISE,), "gn": (NOISE,), "augmix": (augmix,) * 2,
-    "magnma": (NOISE,) * N + (MIX,) * N,
+    "standard": (), "at": (), "trades": (), "rse": (NOISY,), "gn": (NOISY,), "augmix": (augmix,) * 2,
+    "magnma": (NOISY,) * N + (MIXED,) * N,
 }  # fmt: skip
 RUNS = (("resnet18", False), ("resnet18", True), ("densenet121", True), ("inceptionv3", True))  # True: --recompute
 COLUMNS = ("usual, one core", "ours, one core", "ratio", "cpu images/s", "cuda images/s", "passes/s", "% of matmul",
@@ -145,12 +144,12 @@ def cost(arch: str, method: str) -> tuple[int, int]:
     return sum(passes), counter.get_total_flops()
 
 
-def training(arch: str, recompute: bool, u8: Tensor, dtype: torch.dtype | None, seconds: float) -> list[dict]:
+def training(arch: str, recomputed: bool, u8: Tensor, dtype: torch.dtype | None, seconds: float) -> list[dict]:
     """A row a method: its steps with the batch u8 (B, 3, 32, 32) on u8's device, beside large matrix products."""
     device, gpu, y = u8.device, u8.is_cuda, torch.arange(len(u8)).to(u8.device) % 10
     f = build_model(arch, 10).to(device, memory_format=torch.channels_last)
-    if recompute:
-        f.forward = partial(checkpoint, f.forward, use_reentrant=False)
+    if recomputed:
+        recompute(f)
     sgd = torch.optim.SGD(f.parameters(), 1e-3, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=gpu)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
 
@@ -178,7 +177,7 @@ def training(arch: str, recompute: bool, u8: Tensor, dtype: torch.dtype | None, 
     for m in COPIES:
         rate, (passes, flops) = len(u8) / taken[m], cost(arch, m)
         rows.append({
-            **NOT_RUN, "what": f"{arch}{' --recompute' * recompute}, {m}", "arch": arch, "recompute": recompute,
+            **NOT_RUN, "what": f"{arch}{' --recompute' * recomputed}, {m}", "arch": arch, "recompute": recomputed,
             "method": m, "passes": passes, "GFLOP": flops / 1e9, "matmul GFLOP/s": matmul / 1e9,
             f"{device.type} images/s": rate, "passes/s": passes * rate, "% of matmul": 100 * rate * flops / matmul,
             "% augmentation": 100 * taken[f"augmentation, {m}"] / taken[m], "cuda MiB": memory.get(m),
@@ -214,7 +213,7 @@ def main(argv: list[str] | None = None) -> None:
     augmentations = augmentation(images[:250], u8, 0.3 * seconds)
     timed, left_out = (RUNS, ()) if gpu else (RUNS[:1], RUNS[1:])
     trained = [row for run in timed for row in training(*run, u8, dtype, 0.6 * seconds / len(timed))]
-    trained += [{"what": f"{arch}{' --recompute' * recompute}", **NOT_RUN} for arch, recompute in left_out]
+    trained += [{"what": f"{arch}{' --recompute' * recomputed}", **NOT_RUN} for arch, recomputed in left_out]
     f = build_model("resnet18", 10).to(device, memory_format=torch.channels_last)
     taken = interleaved({"all": lambda: predict(f, images, dtype=dtype)}, 0.05 * seconds, threads)["all"]
     evaluation = [{"what": "resnet18, evaluation", "cpu images/s": None, "cuda images/s": None}]

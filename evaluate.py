@@ -32,11 +32,12 @@ FIFTEEN = (  # over which AugMix and RobustBench report their mean
     "gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "snow",
     "frost", "fog", "brightness", "contrast", "elastic_transform", "pixelate", "jpeg_compression",
 )  # fmt: skip
-NOT_HPARAMS = ("dataset", "arch", "method", "seed", "tag", "amp", "data_source", "train_images")  # stand beside them
+# what results.json says of a run beside its hparams
+NOT_HPARAMS = ("dataset", "arch", "method", "seed", "tag", "amp", "data_source", "train_images")
 FORM = {"dataset": str, "arch": str, "method": str | None, "tag": str | None, "seed": int | None, "hparams": dict,
         "data_source": str, "corruption_source": str, "train_images": int | None, "test_images": int,
         "limit": int | None, "amp": str | None, "evaluation": dict}  # of results.json  # fmt: skip
-WHERE_IT_RAN = ("data", "device", "compile", "recompute", "out", "resume")  # hparams that do not make another run
+WHERE_IT_RAN = ("data", "device", "compile", "recompute", "out", "resume")  # flags that do not change what is trained
 
 
 # Calibration
@@ -126,10 +127,10 @@ def predict(
 def evaluate(
     f: nn.Module, dataset: Dataset, root: str, config: dict, dtype: torch.dtype | None, limit: int | None
 ) -> dict:
-    """The entry "best" or "last" of results.json, in percent: clean, every corruption at 5 severities, and
+    """One entry of results.json ("best", "last" or "foreign"), in percent.
 
-    mCA = 1/(MJ) sum_m sum_j A_mj over the paper's M = 18 corruptions and J = 5 severities; both RMS calibration errors
-    of the predictions on all 90 sets together. `limit`: the first N images of each set. Raises ValueError or
+    mCA = 1/(MJ) sum_m sum_j A_mj over the paper's M = 18 corruptions and J = 5 severities. The corrupt calibration
+    errors are of the predictions on all 90 sets together. `limit`: the first N images of each set. Raises ValueError or
     FileNotFoundError where the corrupted set is not whole.
     """
     labels = dataset.test_labels[:limit]
@@ -214,14 +215,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("run", nargs="?", help="a run's folder, as train.py wrote it")
     flag("--checkpoint", help="a plain state dict trained elsewhere, instead of a run")
     flag("--arch", choices=ARCHS, help="with --checkpoint: its network")
-    flag("--dataset", default="cifar10", help="with --checkpoint: its data set, as in train.py")
+    flag("--dataset", help="with --checkpoint: its data set, as in train.py; by default cifar10")
     flag("--mean", type=utils.number(float), nargs=3, help="with --checkpoint: its normalisation; none by default")
     flag("--std", type=utils.number(float, above=0), nargs=3, help="with --checkpoint: its normalisation")
     flag("--data", default="data", help="the folder of the data sets and of CIFAR-10-C, CIFAR-100-C, DIGITS-C")
     flag("--only", choices=("best", "last"), help="this checkpoint of the run alone")
     flag("--limit", type=utils.number(int, low=1), help="the first N test images of each set alone")
     flag("--device", default="auto", help="auto, cpu, cuda or cuda:<index>")
-    flag("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision, as in train.py")
+    flag("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision, as in train.py;"
+         " auto: float32 for weights trained so or elsewhere")
     flag("--out", help="the file for the results; by default results.json in the run, or <checkpoint>.results.json")
     args = parser.parse_args(argv)
     if (args.run is None) == (args.checkpoint is None):
@@ -230,15 +232,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         raise ValueError("--checkpoint needs --arch, the network that the weights are of")
     if (args.mean is None) != (args.std is None):
         raise ValueError("--mean and --std go together")
-    if args.run and args.mean:
-        raise ValueError("--mean and --std are for --checkpoint; a run's network takes pixels in [0, 1]")
+    if args.run and (args.arch or args.dataset or args.mean):
+        raise ValueError("--arch, --dataset, --mean and --std are for --checkpoint; a run's folder says them itself")
+    if args.checkpoint and args.only:
+        raise ValueError("--only is for a run's folder; --checkpoint is one file")
+    args.dataset = args.dataset or "cifar10"
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     device = utils.pick_device(args.device)
-    dtype = utils.amp_dtype(args.amp, device)
     start = time.monotonic()
     if args.run:
         folder = Path(args.run)
@@ -252,6 +256,8 @@ def main(argv: list[str] | None = None) -> None:
         saved, trained = {"foreign": utils.load_checkpoint(args.checkpoint)}, 0.0
         config = {key: vars(args)[key] for key in ("dataset", "arch", "checkpoint", "mean", "std")}
         paths, out = {"foreign": Path(args.checkpoint)}, Path(f"{args.checkpoint}.results.json")
+    single = args.amp == "auto" and config.get("amp", "off") == "off"
+    dtype = utils.amp_dtype("off" if single else args.amp, device)
     dataset = load_dataset(config["dataset"], args.data)
     if args.limit is not None and args.limit > len(dataset.test_images):
         raise ValueError(f"--limit {args.limit}: {dataset.name} has {len(dataset.test_images)} test images")

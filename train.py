@@ -6,7 +6,7 @@
     python train.py --dataset digits --arch resnet20 --epochs 3 --batch-size 64     # no download, on any CPU
     python train.py --method magnma --resume                        # go on where an interrupted run stopped
     timeout 60m python train.py --method magnma --resume            # for an hour
-    torchrun --nproc-per-node 2 -- train.py --method augmix         # one run on two GPUs
+    torchrun --nproc-per-node 2 -- train.py --method augmix         # one run on two GPUs, each with half of every batch
 
 Writes runs/<dataset>/<arch>/<method>[-<tag>]/seed<k>/: config.json; log.csv, a row an epoch; best.pt, the tested epoch
 of best clean test accuracy, as the paper selects it; last.pt, from which --resume goes on.
@@ -20,15 +20,12 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import utils
@@ -36,12 +33,12 @@ from augment import preprocess
 from data import BUILT_IN, Dataset, load_dataset
 from evaluate import WHERE_IT_RAN, predict
 from losses import METHODS
-from models import ARCHS, build_model
+from models import ARCHS, build_model, recompute
 from utils import seed
 
 LOG = ("epoch", "lr", "train_loss", "train_accuracy", "test_accuracy",
        "seconds", "images_per_second", "peak_memory_mib")  # fmt: skip
-MAY_DIFFER = (*WHERE_IT_RAN, "tag")  # when a run goes on
+MAY_DIFFER = (*WHERE_IT_RAN, "tag")  # flags that --resume may change
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -82,14 +79,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
          " as AugMix's own code has it, and not in passes of their own; batch norm sees the difference")
     flag("--subset", type=count, help="train on the first N images only")
     flag("--eval-every", type=count, default=5, help="test after the first epoch, every N-th and the last")
-    flag("--device", default="auto", help="auto, cpu, cuda or cuda:<index>. Under torchrun each process takes a share"
-         " of each batch; against one device, batch norm and the draws differ")
+    flag("--device", default="auto", help="auto, cpu, cuda or cuda:<index>; under torchrun, cuda is a GPU a process")
     flag("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
          help="mixed precision; auto: bf16 on GPUs that have it, fp16 on others, off on a CPU")
     flag("--compile", action="store_true", help="torch.compile the network")
     flag("--recompute", action="store_true", help="compute each forward pass again in the backward pass: the same"
          " result, the memory of one copy's activations, a third more time")
-    flag("--tag", help="behind the method in the run's folder; by default told from the hyperparameters")
+    flag("--tag", help="suffix of the run's folder; by default made of the hyperparameters")
     flag("--out", help="the run's folder; by default runs/<dataset>/<arch>/<method>[-<tag>]/seed<k>")
     flag("--resume", action="store_true", help="go on where the run stopped; from the start if there is nothing yet")
 
@@ -119,15 +115,16 @@ def default_tag(args: argparse.Namespace) -> str:
 
 
 def train(args: argparse.Namespace, dataset: Dataset, device: torch.device, rank: int = 0, world: int = 1) -> None:
-    """Algorithm 1: train f_theta for T epochs, with a checkpoint after each. This is process `rank` of `world`.
+    """Algorithm 1: train f_theta for T epochs, with a checkpoint after each.
 
-    Raises ValueError when the loss is no longer finite, or the run to resume is another.
+    Process `rank` of `world` takes its share of each batch; against one device, batch norm and the draws differ. Raises
+    ValueError when the loss is no longer finite, or the run to resume is another.
     """
     T, B, folder, dtype = args.epochs, args.batch_size, Path(args.out), utils.amp_dtype(args.amp, device)
     X, Y = dataset.train_images[: args.subset].to(device), dataset.train_labels[: args.subset].to(device)
     X_test = dataset.test_images.to(device) if rank == 0 else None
-    really = {"amp": utils.amp_name(dtype), "processes": world, "data_source": dataset.source, "train_images": len(X)}
-    about = {"config": vars(args) | really, **utils.provenance(device)}
+    resolved = {"amp": utils.amp_name(dtype), "processes": world, "data_source": dataset.source, "train_images": len(X)}
+    about = {"config": vars(args) | resolved, **utils.provenance(device)}
     method, hparams = METHODS[args.method], vars(args)
 
     seed(args.seed)
@@ -151,7 +148,7 @@ def train(args: argparse.Namespace, dataset: Dataset, device: torch.device, rank
         X_t = preprocess(X, dataset.hflip)  # Sec. 4
         order = torch.randperm(len(X))[: len(X) // B * B].to(device)
         seed(args.seed, t, rank)
-        loss_sum, correct = torch.zeros(2, dtype=torch.float64, device=device).unbind()  # read once an epoch
+        loss_sum, correct = torch.zeros(2, dtype=torch.float64, device=device).unbind()  # so no step waits
         f.train()
         for batch in tqdm(order.split(B), f"epoch {t + 1}/{T}", leave=False, unit="batch",
                           disable=None if rank == 0 else True):  # for each batch (x, y) ~ D do  # fmt: skip
@@ -174,7 +171,7 @@ def train(args: argparse.Namespace, dataset: Dataset, device: torch.device, rank
         seconds = time.monotonic() - start
         if not math.isfinite(train_loss):
             raise ValueError(f"the training loss of epoch {t + 1} is {train_loss}; {folder} keeps the epochs before."
-                             " Try a smaller --lr, or --amp off")  # fmt: skip
+                             " Try another run (--tag, --out) with a smaller --lr, or with --amp off")  # fmt: skip
         tested = rank == 0 and (t == 0 or (t + 1) % args.eval_every == 0 or t + 1 == T)
         test_accuracy = 100 * accuracy(f, X_test, dataset.test_labels, dtype) if tested else None
         row = (t + 1, eta_t, train_loss, train_accuracy, test_accuracy, seconds, len(order) / seconds, memory(device))
@@ -196,8 +193,9 @@ def optimiser(f: nn.Module, args: argparse.Namespace, device: torch.device) -> t
     fused = device.type == "cuda"
     sgd = torch.optim.SGD(f.parameters(), args.lr, momentum=0.9, nesterov=True, weight_decay=args.weight_decay,
                           fused=fused)  # fmt: skip
-    for p in f.parameters() if fused else ():  # a first step that is skipped would leave them uninitialised
-        sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    if fused:  # it leaves momentum uninitialised where the first step is skipped
+        for p in f.parameters():
+            sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
     return sgd
 
 
@@ -210,30 +208,6 @@ def add_up_gradients(f: nn.Module, world: int) -> None:
     dist.all_reduce(flat)
     for g, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
         g.copy_(part.view_as(g))
-
-
-def recompute(f: nn.Module) -> None:
-    """Let f keep the input of each forward pass alone, and compute the pass again in the backward pass.
-
-    Then batch norm uses the batch's statistics but leaves the running ones, already updated, alone. Dropout repeats.
-    """
-    once = f.forward
-
-    @contextmanager
-    def statistics_fixed() -> Iterator[None]:
-        norms = [(m, m.momentum, m.num_batches_tracked) for m in f.modules() if isinstance(m, nn.BatchNorm2d)]
-        for m, _, _ in norms:
-            m.momentum, m.num_batches_tracked = 0.0, None
-        try:
-            yield
-        finally:
-            for m, momentum, count in norms:
-                m.momentum, m.num_batches_tracked = momentum, count
-
-    def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:  # of the first pass, and of the second
-        return nullcontext(), statistics_fixed()
-
-    f.forward = lambda x: checkpoint(once, x, use_reentrant=False, context_fn=contexts)
 
 
 def accuracy(f: nn.Module, images: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype | None) -> float:
@@ -260,8 +234,9 @@ def open_run(
     Raises ValueError where another run is there, and OSError for a disk that is full.
     """
     last = folder / "last.pt"
-    for leftover in folder.glob(".*.tmp") if rank == 0 else ():  # of a process that was killed while saving
-        leftover.unlink()
+    if rank == 0:
+        for leftover in folder.glob(".*.tmp"):  # of a process that was killed while saving
+            leftover.unlink()
     if config["resume"] and last.exists():
         saved = utils.load_checkpoint(last)
         try:
@@ -284,7 +259,7 @@ def open_run(
     if (folder / "config.json").exists() and not config["resume"]:
         raise ValueError(f"{folder} holds a run already; --resume goes on with it, --tag or --out makes another")
     if dist.is_initialized():
-        dist.barrier()  # all have looked
+        dist.barrier()  # the first process writes config.json when all have seen that there is none
     if rank == 0:
         utils.write_json(folder / "config.json", config)
     return []

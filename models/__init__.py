@@ -6,10 +6,12 @@
 Each file beside this one makes a torchvision network fit 32x32 pixels; state dicts have torchvision's key names.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from models.densenet import densenet121, densenet121_k32
 from models.inception import inceptionv3
@@ -76,3 +78,27 @@ def match_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str,
         more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise ValueError(f"the checkpoint does not fit this network: {'; '.join(problems[:4])}{more}")
     return matched
+
+
+def recompute(f: nn.Module) -> None:
+    """Let f keep the input of each forward pass alone, and compute the pass again in the backward pass.
+
+    The second pass has the same batch statistics and the same dropout, and leaves the running statistics alone.
+    """
+    once = f.forward
+
+    @contextmanager
+    def statistics_fixed() -> Iterator[None]:
+        norms = [(m, m.momentum, m.num_batches_tracked) for m in f.modules() if isinstance(m, nn.BatchNorm2d)]
+        for m, _, _ in norms:
+            m.momentum, m.num_batches_tracked = 0.0, None
+        try:
+            yield
+        finally:
+            for m, momentum, count in norms:
+                m.momentum, m.num_batches_tracked = momentum, count
+
+    def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:  # of the first pass, and of the second
+        return nullcontext(), statistics_fixed()
+
+    f.forward = lambda x: checkpoint(once, x, use_reentrant=False, context_fn=contexts)

@@ -56,19 +56,17 @@ def place(tmp_path_factory):
 
 
 OUT_OF_RANGE = {"--seed": -1, "--epochs": 0, "--batch-size": 0, "--lr": 0, "--weight-decay": -1, "--lambda1": -1,
-                "--lambda2": "inf", "--sigma-max": -1, "--beta": 0, "--n": -1, "--epsilon": "nan", "--pgd-steps": -1,
+                "--lambda2": "inf", "--sigma-max": -1, "--beta": 0, "--n": 0, "--epsilon": "nan", "--pgd-steps": -1,
                 "--pgd-step-size": -1, "--trades-lambda": -1, "--rse-sigma": -1, "--rse-samples": 0, "--jsd-lambda": -1,
                 "--subset": 0, "--eval-every": 0}  # fmt: skip
 NEW = f"{TRAIN} --out {{d}}/new"
 CASES = [
     *((f"train.py {flag} {value}", f"argument {flag}: {value} is out of") for flag, value in OUT_OF_RANGE.items()),
-    ("train.py --lr fast", "argument --lr: invalid float value: 'fast'"),
     ("train.py --epochs 1.5", "argument --epochs: invalid int value: '1.5'"),
     ("train.py --method magma", "argument --method: invalid choice: 'magma' (choose from"),
     ("train.py --arch vgg", "argument --arch: invalid choice: 'vgg' (choose from"),
     ("train.py --learning-rate 1", "unrecognized arguments: --learning-rate 1; --help shows the flags"),
     ("train.py --dataset mnist", "unknown data set 'mnist'; use one of cifar10, cifar100, digits, or the path of an"),
-    ("train.py --n 0", "--n: 0 is out of range, it must be at least 1"),
     ("train.py --device tpu", "--device tpu: no such device; use auto, cpu, cuda"),
     ("train.py --device cuda", "--device cuda: torch sees 0 CUDA devices here; try --device cpu"),
     ("train.py --data {d}/none", "no whole cifar10 in {d}/none/cifar-10-batches-py, and https://www.cs.toronto.edu/~kriz/"
@@ -100,7 +98,8 @@ CASES = [
     ("evaluate.py {d}/unfinished", "{d}/unfinished is unfinished (1 of 2 epochs); train with --resume"),
     ("evaluate.py {d}/cut-run", "cut-run/last.pt is damaged"),
     ("evaluate.py {d}/no-run", "{d}/no-run holds no checkpoints of train.py ('config' is missing); train again"),
-    ("evaluate.py {d}/run --mean 0 0 0 --std 1 1 1", "--mean and --std are for --checkpoint"),
+    ("evaluate.py {d}/run --mean 0 0 0 --std 1 1 1", "--arch, --dataset, --mean and --std are for --checkpoint"),
+    (f"{FOREIGN} {{d}}/run/best.pt --arch resnet20 --only best", "--only is for a run's folder; --checkpoint is one"),
     (f"{EVALUATE} --limit 5", "--limit 5: mine has 4 test images"),
     (f"{EVALUATE} --data {{d}}/none", "no {d}/none/mine-C/labels.npy; make it with `python corruptions.py"),
     (f"{EVALUATE} --data {{d}}/others", "{d}/others/mine-C is of other images: its labels are not those of mine's"),

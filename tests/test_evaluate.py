@@ -189,6 +189,15 @@ def test_rse_averages_probabilities_over_draws_that_depend_on_seed_and_set(place
         assert ours["rms_calibration_error"] == pytest.approx(error, abs=1e-3)
 
 
+def test_predict_is_the_same_for_many_images_as_for_few():
+    images = torch.randint(0, 256, (600, 3, 32, 32), dtype=torch.uint8)  # three pieces
+    p = Reader()(images / 255).softmax(1).detach()
+    for how in ({}, {"noise_sigma": 1e-9, "samples": 2}):
+        confidence, prediction = evaluate.predict(Reader(), images, **how)
+        torch.testing.assert_close(confidence, p.amax(1))
+        assert torch.equal(prediction, p.argmax(1))
+
+
 def test_predict_is_in_eval_mode_and_leaves_the_mode_as_it_was(mine):
     f = nn.Sequential(Reader(), nn.Dropout(0.5)).train()
     assert torch.equal(evaluate.predict(f, mine.test_images)[1], Reader()(mine.test_images / 255).argmax(1))
@@ -212,6 +221,7 @@ def test_results_have_their_form(place, capsys):
     flags = vars(train.parse_args([])).keys() - {"dataset", "arch", "method", "seed", "tag", "amp"}
     assert results["hparams"].keys() == flags | {"processes"}
     assert results["evaluation"]["amp"] == "bf16"  # the run's own is off
+    assert results["last"] != run_evaluate(place, place / "run", "--only", "last", "--limit", 3)["last"]
     assert results.keys() > results["evaluation"].keys() > {"device", "versions", "commit"}
     evaluate.check_results(results)
     assert "mca15" not in results["last"]  # there is no gaussian_noise
@@ -220,10 +230,15 @@ def test_results_have_their_form(place, capsys):
     assert f"mCA                             {results['last']['mca']:6.2f}\n" in shown
 
 
-def test_the_run_is_evaluated_with_its_own_network(place):
-    results = run_evaluate(place, place / "run", "--only", "last")
+def test_each_checkpoint_is_evaluated_with_its_own_weights(place):
+    run = shutil.copytree(place / "run", place / "own")
+    last = utils.load_checkpoint(run / "last.pt")
+    one_class = last["model"] | {"fc.weight": torch.zeros(4, 8), "fc.bias": torch.tensor([0.0, 9, 0, 0])}
+    utils.save_checkpoint(run / "best.pt", last | {"epoch": 1, "model": one_class})
+    results = run_evaluate(place, run)
+    assert (results["best"]["clean"]["accuracy"], results["best"]["mca"]) == (25, 25)
     f = Small("", 4)
-    f.load_state_dict(torch.load(place / "run" / "last.pt", weights_only=True)["model"])
+    f.load_state_dict(last["model"])
     images = torch.tensor(np.load(place / "mine-C" / "snow.npy")[4 * N :]).permute(0, 3, 1, 2) / 255
     with torch.no_grad():
         p = f.eval()(images).softmax(1)
@@ -231,6 +246,28 @@ def test_the_run_is_evaluated_with_its_own_network(place):
     correct = (p.argmax(1) == torch.arange(N) % 4).tolist()
     assert cell["accuracy"] == pytest.approx(100 * np.mean(correct))
     assert cell["rms_calibration_error"] == pytest.approx(100 * plain_error(p.amax(1).tolist(), correct), abs=1e-3)
+
+
+def test_a_part_of_an_evaluation_replaces_none(place):
+    run = shutil.copytree(place / "run", place / "part")
+    (run / "results.json").write_text("{}")
+    for part in (["--only", "best"], ["--limit", "2"]):
+        with pytest.raises(ValueError, match=r"results\.json is there already"):
+            evaluate.main([str(run), "--data", str(place), "--device", "cpu", *part])
+    assert (run / "results.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize(("amp", "trained", "used"), [("auto", "off", "off"), ("auto", "bf16", "fp16"),
+                                                      ("bf16", "off", "bf16")])  # fmt: skip
+def test_precision_is_by_default_the_devices_where_the_run_was_not_float32(place, monkeypatch, amp, trained, used):
+    run = shutil.copytree(place / "run", place / f"amp-{amp}-{trained}")
+    for name in ("best", "last"):
+        saved = utils.load_checkpoint(run / f"{name}.pt")
+        utils.save_checkpoint(run / f"{name}.pt", saved | {"config": saved["config"] | {"amp": trained}})
+    dtypes = {"auto": torch.float16, "bf16": torch.bfloat16, "off": None}  # of an older GPU
+    monkeypatch.setattr(utils, "amp_dtype", lambda amp, device: dtypes[amp])
+    results = run_evaluate(place, run, "--only", "last", "--limit", 1, "--amp", amp)
+    assert results["evaluation"]["amp"] == used
 
 
 def test_best_and_last_of_one_epoch_are_evaluated_once(place, monkeypatch):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import losses
-import train
+import models
 import utils
 from augment import augmix, gaussian_noise, mixed_augmentation, preprocess
 from models import build_model
@@ -317,7 +317,7 @@ def test_mixed_precision_stays_close_to_float32(name, dtype):
 def test_recompute_changes_neither_loss_nor_gradient_nor_buffers(arch, name, count, dtype):
     plain, f, passes = network(arch), network(arch), []
     next(f.children()).register_forward_pre_hook(lambda *_: passes.append(1))
-    train.recompute(f)
+    models.recompute(f)
     (loss, gradient), (ours, theirs) = step(plain, name, count, dtype), step(f, name, count, dtype)
     assert torch.equal(ours, loss)
     assert torch.equal(theirs, gradient)
@@ -332,7 +332,7 @@ def test_a_compiled_step_is_close_to_an_eager_one(name, recompute):
     plain, f = network(), network()
     f.forward = torch.compile(f.forward, dynamic=False)
     if recompute:
-        train.recompute(f)
+        models.recompute(f)
     (loss, gradient), (ours, theirs) = step(plain, name, 8), step(f, name, 8)
     torch.testing.assert_close(ours, loss, rtol=1e-3, atol=0)
     assert torch.cosine_similarity(gradient, theirs, dim=0) > 0.99  # a few signs of the attack may differ

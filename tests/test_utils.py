@@ -83,13 +83,15 @@ def test_precision(monkeypatch):
 
 
 def test_a_gpu_that_this_torch_has_no_kernels_for(monkeypatch):
-    def refuse(_):
-        raise RuntimeError("CUDA error: no kernel image\nis available")
+    def refuse(device):
+        raise RuntimeError(f"CUDA error {device.index}: no kernel image\nis available")
 
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")  # of torchrun's second process
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "set_device", refuse)
-    with pytest.raises(ValueError, match=r"--device cuda: .* does not run on this GPU \(CUDA error: no kernel"):
-        utils.pick_device("cuda")
+    for name, index in (("cuda", 1), ("cuda:2", 2)):
+        with pytest.raises(ValueError, match=rf"--device {name}: .* does not run on this GPU \(CUDA error {index}: no"):
+            utils.pick_device(name)
 
 
 def test_run_main_ends_in_one_line_and_an_exit_code(capsys, monkeypatch):
