@@ -5,7 +5,7 @@ Every draw is made per image, from torch's global generators: noise on the devic
 depth, order, mixing weights) on the host, so that images are grouped by operation without waiting for the device.
 
 Images are uint8 levels (B, 3, H, W) or floats in [0, 1] of that shape. The operations follow Pillow: those on levels
-bit for bit, the geometric ones within one level on 99% of the values.
+bit for bit, the geometric ones on 99% of the values, and within one level on nearly all the rest.
 """
 
 from collections.abc import Callable

@@ -220,12 +220,12 @@ def main(argv: list[str] | None = None) -> None:
     evaluation[0][f"{device.type} images/s"] = len(images) / median(taken)
 
     about |= {"batch_size": batch, "seconds": seconds, "augmentation": augmentations, "corruptions": corruptions}
-    utils.write_json(out, about | {"evaluation": evaluation, "training": trained})
     rows = (*augmentations, *corruptions, *evaluation, *trained)  # a column that a row does not have is blank
     cells = [{column: row.get(column, "") for column in ("what", *COLUMNS)} for row in rows]
     print(tabulate(cells, "keys", floatfmt=",.1f", missingval="not run", numalign="right", maxheadercolwidths=12))
     print(f"\n{about['device']}, torch {torch.__version__}, precision {about['precision']}, batch {batch}, load"
           f" {load:.1f} before; hours of 150 epochs. {out}")  # fmt: skip
+    utils.write_json(out, about | {"evaluation": evaluation, "training": trained})
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ your own is such a function and its entry in SEVERITIES: the script makes what i
 """
 
 import functools
-import hashlib
 import importlib.util
 import io
 import itertools
@@ -424,7 +423,7 @@ def generate(folder: Path, images: np.ndarray, labels: np.ndarray, record: dict,
 
     names = [f.__name__ for f in SEVERITIES if not (folder / f"{f.__name__}.npy").is_file()]
     if "frost" in names:
-        frost_photographs()  # their lack is told now, not after minutes
+        frost_photographs()  # fails now where there are none, not after minutes
     if (folder / "generated.json").is_file():
         there = utils.read_json(folder / "generated.json")
         for key, value in record.items():
@@ -468,21 +467,23 @@ def start_worker() -> None:
 def download(folder: Path, url: str, md5: str) -> None:
     """Fetch the official archive, unpack it as `folder`, and leave an official.json of url and md5 there.
 
-    Raises ValueError where the folder is there and is not the official set, OSError where the archive cannot be had.
+    Raises ValueError where the folder is there and is not the whole official set, OSError where there is no archive.
     """
+    import data
     import utils
 
-    if (folder / "official.json").is_file():
+    whole = all((folder / f"{name}.npy").is_file() for name in (*data.CORRUPTIONS, "labels"))
+    if whole and (folder / "official.json").is_file():
         return
     if folder.exists():
-        raise ValueError(f"{folder} is not the official set; {REMEDY}")
+        raise ValueError(f"{folder} is not the whole official set; {REMEDY}")
     archive, unpacked = Path(f"{folder}.tar"), Path(f"{folder}.unpacking")
     tools = utils.import_torchvision().datasets.utils
     try:
         tools.download_and_extract_archive(url, archive.parent, unpacked, archive.name, md5, remove_finished=True)
     except Exception as error:  # the network and the archive can raise nearly anything
-        raise OSError(f"{url} cannot be had ({error}); try again, put that file at {archive}, or leave --download out"
-                      " and have the set made here") from error  # fmt: skip
+        raise OSError(f"{url} cannot be had ({error}); try again, put that file at {archive}, or have the set made"
+                      " here (without --download; in run_all.sh, with --generate)") from error  # fmt: skip
     utils.write_json(unpacked / folder.name / "official.json", {"url": url, "md5": md5})
     os.replace(unpacked / folder.name, folder)  # the folder appears whole
     unpacked.rmdir()
@@ -516,7 +517,7 @@ def main(argv: list[str] | None = None) -> None:
         "dataset": clean.name,
         "source": clean.source,
         "seed": args.seed,
-        "clean_sha256": hashlib.sha256(images.tobytes()).hexdigest(),
+        "clean_sha256": data.sha256(clean.test_images),
         "versions": {name: library.__version__ for name, library in libraries.items()},
     }
     generate(folder, images, clean.test_labels.numpy(), record, args.workers)

@@ -8,6 +8,7 @@ A corrupted test set is a folder in the form of the official archives: <corrupti
 test images at severity 1, then at 2, ... 5, and labels.npy, (5N,).
 """
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from utils import import_torchvision
+from utils import import_torchvision, read_json
 
 BUILT_IN = {"cifar10": "CIFAR-10-C", "cifar100": "CIFAR-100-C", "digits": "DIGITS-C"}  # and their corrupted folders
 CORRUPTIONS = (  # the paper's M = 18, the rows of Table 3
@@ -61,8 +62,7 @@ def _load_cifar(name: str, root: Path) -> Dataset:
         train, test = (cifar(root, train=train, download=True) for train in (True, False))
     except Exception as error:  # the network, the archive and the pickles can raise nearly anything
         raise OSError(f"no whole {name} in {root / cifar.base_folder}, and {cifar.url} cannot be had ("
-                      f"{error}); unpack that archive into {root}, name another folder with --data, or use --dataset"
-                      " digits") from error  # fmt: skip
+                      f"{error}); unpack that archive into {root}, or take --dataset digits") from error  # fmt: skip
     parts = (_tensor(train.data), torch.tensor(train.targets), _tensor(test.data), torch.tensor(test.targets))
     return Dataset(name, *parts, train.classes, True, "official")
 
@@ -113,10 +113,13 @@ def _load_npz(path: Path) -> Dataset:
             raise ValueError(f"{path}: {part}_labels is {labels.dtype} {labels.shape}, not {len(images)} integers >= 0")
         parts += [_tensor(images), torch.from_numpy(labels.astype(np.int64))]
     count = 1 + int(max(parts[1].max(), parts[3].max()))
-    classes = [str(name) for name in arrays.get("classes", range(count))]
+    names, hflip = arrays.get("classes", np.arange(count)), arrays.get("hflip", np.array(True))
+    if names.ndim != 1 or hflip.shape != () or hflip.dtype != bool:
+        raise ValueError(f"{path}: classes must be a list of names, and hflip True or False")
+    classes = [str(name) for name in names]
     if len(classes) < count:
         raise ValueError(f"{path} names {len(classes)} classes, but its labels go up to {count - 1}")
-    return Dataset(path.stem, *parts, classes, bool(arrays.get("hflip", True)), str(arrays.get("source", path.name)))
+    return Dataset(path.stem, *parts, classes, bool(hflip), str(arrays.get("source", path.name)))
 
 
 # Corrupted test sets
@@ -139,12 +142,25 @@ def load_corrupted(name: str, root: str | Path, corruption: str) -> Tensor:
     return torch.from_numpy(images).view(5, len(images) // 5, 32, 32, 3).permute(0, 1, 4, 2, 3)
 
 
-def check_labels(name: str, root: str | Path, test_labels: Tensor) -> None:
-    """Raise ValueError unless labels.npy holds the test set's labels, once a severity."""
-    labels = _map(name, root, "labels")
-    if labels.dtype.kind not in "iu" or not np.array_equal(labels, np.tile(test_labels.numpy(), 5)):
-        raise ValueError(f"{corrupted_folder(name, root)} is of other images: its labels are not those of {name}'s test"
-                         " set, five times; name another folder with --data")  # fmt: skip
+def check_folder(dataset: Dataset, root: str | Path) -> None:
+    """Raise ValueError unless the corrupted set is of this test set: its labels, five times, and the images' hash.
+
+    The hash is known of a set that was made here.
+    """
+    name, folder = dataset.name, corrupted_folder(dataset.name, root)
+    labels, record = _map(name, root, "labels"), folder / "generated.json"
+    other = labels.dtype.kind not in "iu" or not np.array_equal(labels, np.tile(dataset.test_labels.numpy(), 5))
+    what = "labels" if other else "images"
+    if record.is_file():
+        other = other or read_json(record).get("clean_sha256") != sha256(dataset.test_images)
+    if other:
+        raise ValueError(f"{folder} was made of other {what} than those of {name}'s test set; delete that folder, or"
+                         " name another with --data")  # fmt: skip
+
+
+def sha256(images: Tensor) -> str:
+    """Of the bytes of images, uint8 (N, 3, 32, 32), in the order of the official files, (N, 32, 32, 3)."""
+    return hashlib.sha256(images.permute(0, 2, 3, 1).contiguous().numpy().tobytes()).hexdigest()
 
 
 def corruption_source(name: str, root: str | Path) -> str:

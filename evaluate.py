@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import utils
-from data import CORRUPTIONS, Dataset, check_labels, corrupted_folder, corruption_source, load_corrupted, load_dataset
+from data import CORRUPTIONS, Dataset, check_folder, corrupted_folder, corruption_source, load_corrupted, load_dataset
 from models import ARCHS, build_model, match_state_dict
 
 transforms = utils.import_torchvision().transforms
@@ -264,7 +264,7 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(args.out or out)
     if (args.only or args.limit) and not args.out and out.exists():
         raise ValueError(f"{out} is there already, and may hold more; delete it, or name another file with --out")
-    check_labels(dataset.name, args.data, dataset.test_labels)
+    check_folder(dataset, args.data)
 
     entries, by_epoch = dict.fromkeys(saved), {}
     for which, content in saved.items():
@@ -295,8 +295,8 @@ def main(argv: list[str] | None = None) -> None:
         "wall_seconds": round(seconds + trained, 1),
         **entries,
     }
-    utils.write_json(out, results)
     print_column(results, next(which for which in ("best", "last", "foreign") if results.get(which)))
+    utils.write_json(out, results)
 
 
 def print_column(results: dict, which: str) -> None:

@@ -311,7 +311,7 @@ def main(argv: list[str] | None = None) -> int:
         with matplotlib.rc_context(LOOK):
             save(draw(data, *rest), Path(args.out, f"{name}.png"), note)
     for problem in problems:
-        print(problem, file=sys.stderr)
+        print(f"figures.py: {problem}", file=sys.stderr)
     return 1 if problems else 0
 
 

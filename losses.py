@@ -8,7 +8,7 @@
 Each takes a network f from images in [0, 1] to logits, x float (B, 3, 32, 32) in [0, 1] and y int64 (B,), and returns
 (mean loss, logits (B, C)): the clean logits where the method forwards clean x, else those of the perturbed images.
 Clean images and each perturbed copy go through f in passes of their own, or with `joint` as one batch, which changes
-what batch norm sees. Randomness is torch's global generators. A softmax is of float32 logits, or of float64.
+what batch norm sees. Randomness is torch's global generators. Logits of half precision are raised to float32.
 
 A method of your own: a function here and its line in METHODS at the end.
 """
@@ -182,7 +182,7 @@ def mean(values: list[Tensor]) -> Tensor | float:
 
 
 def _with_hparams(loss: Callable) -> Callable:
-    """`loss` called with the dict of all flags, hparams, of which it gets those that are its keyword arguments."""
+    """`loss` called with the dict of all flags, hparams, of which it gets its keyword arguments (`joint` may lack)."""
     keys = [k for k, p in inspect.signature(loss).parameters.items() if p.kind is p.KEYWORD_ONLY]
 
     def call(f: nn.Module, x: Tensor, y: Tensor, hparams: dict) -> tuple[Tensor, Tensor]:

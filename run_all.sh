@@ -35,8 +35,7 @@ die() {
   exit 2
 }
 
-# The runs: for one, its tables (h: headline), data set, network, folder and further flags. Seeds are outermost, so that
-# every table is there once before any is there three times.
+# All runs. Seeds are outermost, so that every table is there once before any is there three times.
 list() {
   local number=0 wanted=${part#table} python=${PYTHON:-.venv/bin/python}
   local seed dataset table five headline method values arch l1 l2 sigma
@@ -62,7 +61,7 @@ list() {
   done
 }
 
-# Prints a run's number in the list, a tab and its command, if it was asked for.
+# Prints a run's number, a tab and its command, if it was asked for. $1: a digit for each of its tables, h: the headline
 run() {
   [[ $1 == *"$wanted"* ]] || return 0
   [[ $part == demo ]] && set -- h digits resnet20 "${@:4}"
@@ -115,11 +114,12 @@ prepare() {
 import contextlib, json, shlex, sys
 from pathlib import Path
 import torch
-import corruptions, data, train, utils
+import corruptions, data, evaluate, train, utils
 
 def finished(args):
     try:
         config, results = (json.loads(Path(args.out, f"{name}.json").read_bytes()) for name in ("config", "results"))
+        evaluate.check_results(results)
         same = all(k in train.MAY_DIFFER or v in (config[k], "auto") for k, v in vars(args).items())
         return same and results["best"] and results["last"] and results["limit"] is None
     except (OSError, ValueError, LookupError, TypeError):
@@ -135,7 +135,7 @@ def main():
             names.add(args.dataset)
             print(args.out, command, sep="\t", end="")
     if names and mode != "data" and torch.cuda.device_count() < int(gpus):
-        raise ValueError(f"{gpus} GPUs are needed, torch sees {torch.cuda.device_count()}; --cpu trains without")
+        raise ValueError(f"--gpus {gpus}: torch sees {torch.cuda.device_count()} GPUs here; --cpu trains without")
     for name in sorted(names):
         with contextlib.redirect_stdout(sys.stderr):
             folder = data.corrupted_folder(data.load_dataset(name, "data").name, "data")
@@ -176,7 +176,7 @@ report() {
   ((well && done == $1 && ${#failed[@]} == 0))
 }
 
-# The tables of what was run; the data set or network named behind `--` takes the place of CIFAR-10 or ResNet-18.
+# The tables of what was run; the data set or network named after `--` takes the place of CIFAR-10 or ResNet-18.
 tables() {
   local numbers=("${part#table}") places=() number well=1
   [[ " ${more[*]}" =~ " --arch"[\ =]([^\ ]+) ]] && places+=(--arch "${BASH_REMATCH[1]}")
@@ -220,10 +220,19 @@ stop() {
 part="" mode="" seeds="" gpus="" only="" root="" device=cuda generate="" more=() child=""
 while (($#)); do
   case $1 in
-    all | table[1-5] | headline | demo) part+=$1 ;; # two of them make none
-    list | data | setup | test) mode+=$1 ;;
-    --seeds | --gpus | --only | --root) [[ ${2:-} == [!-]* ]] || die "$1 needs a value" ;;&
-    --seeds | --gpus | --only | --root) printf -v "${1#--}" %s "$2" && shift ;;
+    all | table[1-5] | headline | demo)
+      [[ -z $part ]] || die "one part at a time"
+      part=$1
+      ;;
+    list | data | setup | test)
+      [[ -z $mode ]] || die "one part at a time"
+      mode=$1
+      ;;
+    --seeds | --gpus | --only | --root)
+      [[ ${2:-} == [!-]* ]] || die "$1 needs a value"
+      printf -v "${1#--}" %s "$2"
+      shift
+      ;;
     --cpu) device=cpu ;;
     --generate) generate=yes ;;
     --) ;;
@@ -233,12 +242,11 @@ while (($#)); do
   [[ $1 == @(--|test) ]] && more=("${@:2}") && break
   shift
 done
-[[ $part == @(|all|table[1-5]|headline|demo) && $mode == @(|list|data|setup|test) ]] || die "one part at a time"
 for flag in "${more[@]}"; do
   [[ $mode == test || ${flag%%=*} != --@(method|seed|out|data|device) ]] || die "-- $flag: this flag it sets itself"
 done
 ((${#more[@]} == 0)) || [[ $mode == test || $(realpath -m "${root:-runs}") != "$(realpath -m runs)" ]] ||
-  die "with flags behind -- the runs are not the paper's; name a folder for them, as --root runs-quick"
+  die "with flags after -- the runs are not the paper's; name a folder for them, as --root runs-quick"
 if [[ $part == demo ]]; then
   device=cpu more=("${demo[@]}" "${more[@]}") root=${root:-runs-demo} gpus=${gpus:-2} seeds=${seeds:-0}
 fi
@@ -256,6 +264,8 @@ if [[ -z ${PYTHON:-} ]]; then
   PYTHON=.venv/bin/python
 fi
 command -v "$PYTHON" >/dev/null || die "PYTHON=$PYTHON is no program; name an interpreter, or unset it"
+"$PYTHON" -c 'import importlib.util, sys; sys.exit(sys.version_info < (3, 11) or not importlib.util.find_spec("torch"))' ||
+  die "PYTHON=$PYTHON is older than Python 3.11, or has no torch; unset PYTHON, and .venv is made"
 [[ $mode == setup ]] && exit
 if [[ $mode == test ]]; then
   PATH=$(dirname "$(command -v "$PYTHON")"):$PATH # where pip has put them

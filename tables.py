@@ -226,7 +226,7 @@ def table_rows(
 def notes_on(placed: dict[Place, list[Group]], checkpoint: str) -> list[str]:
     """What must be known beside our numbers in a table: what was really run, and what is not shown."""
     if not placed:
-        return ["ours: no run yet"]
+        return ["ours: no run of these data sets and networks yet; --dataset and --arch put others in their place"]
     about, further = {}, []
     for (dataset, arch, column), (shown, *others) in placed.items():
         several = len({place[:2] for place in placed}) > 1
@@ -324,7 +324,7 @@ def ahead(
 ) -> Finding:  # fmt: skip
     """`column` is better than all rivals by more than `least` points, in all metrics on all networks, but `may_fail`.
 
-    Those that fail are told. Where some were not run, it can fail already but not hold.
+    Those that fail are named. Where some were not run, it can already fail but not hold.
     """
     wanted, gains = list(product(NETWORKS[:networks], metrics, rivals)), {}
     for arch, metric, over in wanted:

@@ -94,7 +94,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.pgd_step_size = 2.5 * args.epsilon / max(1, args.pgd_steps)
     if args.tag is None:
         args.tag = default_tag(args)
-    if args.out is None:
+    if not args.out:
         name = f"{args.method}-{args.tag}" if args.tag else args.method
         args.out = str(Path("runs", Path(args.dataset).stem, args.arch, name, f"seed{args.seed}"))
     return args

@@ -86,7 +86,7 @@ def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
 
 
 def amp_name(dtype: torch.dtype | None) -> str:
-    """What `--amp auto` came to: bf16, fp16 or off."""
+    """The name that --amp has for a dtype: bf16, fp16 or off."""
     return {torch.bfloat16: "bf16", torch.float16: "fp16", None: "off"}[dtype]
 
 
@@ -116,6 +116,8 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_file():  # root would replace /dev/null
+            raise OSError("it is no regular file")
         with open(temporary, "wb") as file:
             yield file
             file.flush()
@@ -173,11 +175,11 @@ def load_checkpoint(path: str | Path) -> dict:
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Help with the defaults, where there are any and the text does not tell them itself."""
+    """Help with the defaults, where there are any and the text does not give them itself."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        told = action.default is None or action.default is False or "default" in action.help
-        return action.help if told else super()._get_help_string(action)
+        given = action.default is None or action.default is False or "default" in action.help
+        return action.help if given else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
@@ -248,7 +250,7 @@ def describe(device: torch.device) -> str:
 
 
 def commit() -> str:
-    """The commit of this code, `+changes` behind it when tracked files differ; `unknown` outside a git checkout."""
+    """The commit of this code, `+changes` after it when tracked files differ; `unknown` outside a git checkout."""
     command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
     try:
         return subprocess.check_output(command, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True).strip()

@@ -25,7 +25,7 @@ def resnet18(num_classes: int) -> nn.Module:
 class OptionAShortcut(nn.Module):
     """Option A of He et al.: every second pixel, and zeros for the new channels. No parameters.
 
-    (B, C, H, W) -> (B, 2C, H/2, W/2). The paper does not say where the zeros go; half before and half behind,
+    (B, C, H, W) -> (B, 2C, H/2, W/2). The paper does not say where the zeros go; half before and half after,
     as CIFAR repositories have it, so that their checkpoints mean the same here.
     """
 

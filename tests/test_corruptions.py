@@ -288,7 +288,7 @@ def assert_whole(folder):
     for name, severity in itertools.product(DEFINITIONS, range(1, 6)):
         got = data.load_corrupted("mine", root, name)[severity - 1].permute(0, 2, 3, 1)
         assert np.array_equal(got, corrupt(images, name, severity, 3))
-    data.check_labels("mine", root, data.load_dataset(str(root / "mine.npz"), root).test_labels)
+    data.check_folder(data.load_dataset(str(root / "mine.npz"), root), root)
 
 
 @pytest.fixture(scope="module")
@@ -372,9 +372,11 @@ def test_the_official_set_is_unpacked_whole(tmp_path, monkeypatch, capsys):
     flags, folder = ["--download", "--data", str(tmp_path / "data")], tmp_path / "data" / "CIFAR-10-C"
     url, archive = "http://127.0.0.1:9/official.tar", Path(f"{folder}.tar")  # nothing answers there
     archive.parent.mkdir()
+    names = {f"{name}.npy" for name in (*data.CORRUPTIONS, "labels")}
     (tmp_path / "fog.npy").write_bytes(b"fog")
     with tarfile.open(archive, "w") as tar:
-        tar.add(tmp_path / "fog.npy", "CIFAR-10-C/fog.npy")
+        for name in names:
+            tar.add(tmp_path / "fog.npy", f"CIFAR-10-C/{name}")
     md5 = hashlib.md5(archive.read_bytes()).hexdigest()
     monkeypatch.setitem(corruptions.OFFICIAL, "cifar10", (url, "0" * 32))
     with pytest.raises(OSError, match=f"{url} cannot be had .*refused.*; try again, put that file at {archive}"):
@@ -385,10 +387,12 @@ def test_the_official_set_is_unpacked_whole(tmp_path, monkeypatch, capsys):
         corruptions.main(flags)
         assert capsys.readouterr().out.endswith(f"{folder}: the official set\n")
     assert list(folder.parent.iterdir()) == [folder]
-    assert set(content(folder)) == {"fog.npy", "official.json"}
+    assert set(content(folder)) == names | {"official.json"}
     assert json.loads((folder / "official.json").read_text()) == {"url": url, "md5": md5}
-    (folder / "official.json").unlink()
-    with pytest.raises(ValueError, match="CIFAR-10-C is not the official set; delete that folder, or name another"):
-        corruptions.main(flags)
+    for missing in ("snow.npy", "official.json"):
+        (folder / missing).rename(tmp_path / missing)
+        with pytest.raises(ValueError, match="CIFAR-10-C is not the whole official set; delete that folder, or name"):
+            corruptions.main(flags)
+        (tmp_path / missing).rename(folder / missing)
     with pytest.raises(ValueError, match="--download: there is no official corrupted set of digits"):
         corruptions.main([*flags, "--dataset", "digits"])

@@ -28,18 +28,20 @@ def place(tmp_path_factory):
                           "dtype": {"test_images": images[:4] / 255}, "empty": {"test_images": images[:0]},
                           "negative": {"train_labels": np.arange(16) - 1}, "short": {"train_labels": np.arange(15)},
                           "fractions": {"test_labels": np.arange(4) / 2}, "names": {"classes": np.array(["a", "b"])},
+                          "name": {"classes": np.array("abcd")}, "flip": {"hflip": np.array("no")},
                           "objects": {"source": np.array([None])}}.items():  # fmt: skip
         np.savez(d / f"{name}.npz", **good | changes)
     np.savez(d / "lacks.npz", train_images=images)
     (d / "cut.npz").write_bytes((d / "mine.npz").read_bytes()[:5000])
     zeros = np.zeros((20, 32, 32, 3), np.uint8)
-    for root, snow in {"": zeros, "others": zeros, "cut": zeros, "form": zeros[..., 0], "floats": zeros / 255,
-                       "odd": zeros[:19], "few": zeros[:15]}.items():  # fmt: skip
+    for root, snow in {"": zeros, "others": zeros, "stale": zeros, "cut": zeros, "form": zeros[..., 0],
+                       "floats": zeros / 255, "odd": zeros[:19], "few": zeros[:15]}.items():  # fmt: skip
         folder = d / root / "mine-C"
         folder.mkdir(parents=True)
         for name in CORRUPTIONS:
             np.save(folder / f"{name}.npy", snow if name == "snow" else zeros)
         np.save(folder / "labels.npy", np.tile(good["test_labels"] + (root == "others"), 5))
+    (d / "stale/mine-C/generated.json").write_text('{"clean_sha256": "0"}')
     (d / "cut/mine-C/snow.npy").write_bytes((d / "mine-C/snow.npy").read_bytes()[:5000])
     train.main([*TRAIN.format(d=d).split()[1:], "--out", str(d / "run")])
     for name in ("unfinished", "never", "cut-run", "no-run"):
@@ -85,6 +87,8 @@ CASES = [
     (f"{NEW} --dataset {{d}}/negative.npz", "train_labels is int64 (16,), not 16 integers >= 0"),
     (f"{NEW} --dataset {{d}}/short.npz", "train_labels is int64 (15,), not 16 integers"),
     (f"{NEW} --dataset {{d}}/fractions.npz", "test_labels is float64 (4,), not 4 integers"),
+    (f"{NEW} --dataset {{d}}/name.npz", "name.npz: classes must be a list of names, and hflip True or False"),
+    (f"{NEW} --dataset {{d}}/flip.npz", "flip.npz: classes must be a list of names, and hflip True or False"),
     (f"{NEW} --dataset {{d}}/names.npz", "names.npz names 2 classes, but its labels go up to 3"),
     (f"{TRAIN} --out {{d}}/run", "{d}/run holds a run already; --resume goes on with it"),
     (f"{TRAIN} --out {{d}}/run --resume --lr 0.5", "was begun with --lr 0.1 (now 0.5)"),
@@ -102,7 +106,8 @@ CASES = [
     (f"{FOREIGN} {{d}}/run/best.pt --arch resnet20 --only best", "--only is for a run's folder; --checkpoint is one"),
     (f"{EVALUATE} --limit 5", "--limit 5: mine has 4 test images"),
     (f"{EVALUATE} --data {{d}}/none", "no {d}/none/mine-C/labels.npy; make it with `python corruptions.py"),
-    (f"{EVALUATE} --data {{d}}/others", "{d}/others/mine-C is of other images: its labels are not those of mine's"),
+    (f"{EVALUATE} --data {{d}}/others", "{d}/others/mine-C was made of other labels than those of mine's test set"),
+    (f"{EVALUATE} --data {{d}}/stale", "{d}/stale/mine-C was made of other images than those of mine's test set"),
     (f"{EVALUATE} --data {{d}}/cut", "cut/mine-C/snow.npy is damaged"),
     (f"{EVALUATE} --data {{d}}/few", "snow.npy holds 3 images a severity, not 4"),
     (f"{EVALUATE} --data {{d}}/form", "snow.npy is uint8 (20, 32, 32), not uint8 (5N, 32, 32, 3); make it anew"),

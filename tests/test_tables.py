@@ -157,7 +157,7 @@ def test_smaller_runs_in_the_papers_layout(tmp_path, capsys):
         place = "CIFAR-100" if number == "4" else "CIFAR-10"
         assert f"copies in the place of {place}, ResNet-20 in the place of ResNet-18" in text.splitlines()[0]
         assert ["difference" in text, "limit 500: all" in text, "n 2 (paper: 5): all" in text] == [False, True, True]
-    assert show(capsys, tmp_path, "--table", "all").count("ours: no run yet") == 5
+    assert show(capsys, tmp_path, "--table", "all").count("ours: no run of these data sets") == 5
 
 
 def test_the_slips_come_out_of_the_papers_own_tables(tmp_path, capsys, monkeypatch):

@@ -33,6 +33,10 @@ def test_atomic_write_takes_the_files_place_or_leaves_all_as_it_was(tmp_path):
         file.write(b"half" * (1 // 0))
     assert path.read_bytes() == b"before"
     assert os.listdir(path.parent) == ["f"]
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match=r"pipe: it is no regular file"), utils.atomic_write(tmp_path / "pipe"):
+        pass
+    assert not (tmp_path / "pipe").is_file()
 
 
 def test_a_disk_that_fills_keeps_the_last_checkpoint(tmp_path):
