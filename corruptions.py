@@ -413,11 +413,12 @@ def plasma(u: np.ndarray, decay: float) -> np.ndarray:
 # The folder
 
 
-def generate(folder: Path, images: np.ndarray, labels: np.ndarray, record: dict, workers: int) -> None:
+def generate(folder: Path, images: np.ndarray, labels: np.ndarray, record: dict, workers: int) -> int:
     """Write every corruption of the clean images, uint8 (N, 32, 32, 3), and their labels, int (N,), into `folder`.
 
     `record` says all that the bytes depend on ("seed", "versions", ...) and becomes generated.json. Files that are
-    there are kept. Raises ValueError where they were made otherwise or frost lacks its photographs.
+    there are kept; returns how many were made. Raises ValueError where they were made otherwise or frost lacks its
+    photographs.
     """
     import utils
 
@@ -431,7 +432,8 @@ def generate(folder: Path, images: np.ndarray, labels: np.ndarray, record: dict,
                 made = "from other images" if key == "clean_sha256" else f"with {key} {there.get(key)}, not {value}"
                 raise ValueError(f"{folder} was made {made}; {REMEDY}")
     elif any(folder.glob("*.npy")):
-        raise ValueError(f"{folder} holds the official set, or another that was not made here; {REMEDY}")
+        raise ValueError(f"{folder} holds the official set, or another that was not made here; put a corruption of your"
+                         " own in as <name>.npy, or name another folder with --data")  # fmt: skip
     else:
         utils.write_json(folder / "generated.json", record)
     if not (folder / "labels.npy").is_file():
@@ -455,6 +457,7 @@ def generate(folder: Path, images: np.ndarray, labels: np.ndarray, record: dict,
         raise OSError("a worker process was killed (too little memory?); the same command goes on") from None
     finally:
         pool.shutdown(cancel_futures=True)
+    return len(names)
 
 
 def start_worker() -> None:
@@ -476,7 +479,7 @@ def download(folder: Path, url: str, md5: str) -> None:
     if whole and (folder / "official.json").is_file():
         return
     if folder.exists():
-        raise ValueError(f"{folder} is not the whole official set; {REMEDY}")
+        raise ValueError(f"{folder} is there, and not known to be the whole official set; {REMEDY}")
     archive, unpacked = Path(f"{folder}.tar"), Path(f"{folder}.unpacking")
     tools = utils.import_torchvision().datasets.utils
     try:
@@ -520,8 +523,9 @@ def main(argv: list[str] | None = None) -> None:
         "clean_sha256": data.sha256(clean.test_images),
         "versions": {name: library.__version__ for name, library in libraries.items()},
     }
-    generate(folder, images, clean.test_labels.numpy(), record, args.workers)
-    print(f"{folder}: {len(SEVERITIES)} corruptions of {len(images)} images at five severities, seed {args.seed}")
+    made = generate(folder, images, clean.test_labels.numpy(), record, args.workers)
+    kept = len(SEVERITIES) - made
+    print(f"{folder}: {made} corruptions of {len(images)} images made with seed {args.seed}, {kept} kept")
 
 
 if __name__ == "__main__":

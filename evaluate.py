@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 import utils
 from data import CORRUPTIONS, Dataset, check_folder, corrupted_folder, corruption_source, load_corrupted, load_dataset
+from losses import of_other_methods
 from models import ARCHS, build_model, match_state_dict
 
 transforms = utils.import_torchvision().transforms
@@ -383,7 +384,9 @@ def group_runs(runs: dict[Path, dict]) -> list[Group]:
                 "amp")  # fmt: skip
         shared = {key: content[key] for key in keys} | {"evaluation_amp": content["evaluation"].get("amp")}
         shared["hparams"] = {k: v for k, v in content["hparams"].items() if k not in WHERE_IT_RAN}
-        group = groups.setdefault(json.dumps(shared, sort_keys=True), Group(shared, {}, []))
+        without = of_other_methods(content["method"])
+        own = {k: v for k, v in shared["hparams"].items() if k not in without}
+        group = groups.setdefault(json.dumps(shared | {"hparams": own}, sort_keys=True), Group(shared, {}, []))
         if content["seed"] in group.seeds:
             group.left_out.append(path)
         else:

@@ -261,7 +261,7 @@ def save(figure: Figure, path: Path, note: str) -> None:
         lines = [part for line in note.split("\n") for part in textwrap.wrap(line, int(21 * width))]
         figure.supxlabel("\n".join(lines), fontsize=6, color="#555555")
     with utils.atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=200)
+        figure.savefig(file, format=path.suffix[1:], dpi=200)
     print(path)
 
 
@@ -269,22 +269,24 @@ def main(argv: list[str] | None = None) -> int:
     """Draw what can be drawn. Exit code 1 where a results.json was left out, damaged or of an older form."""
     parser = utils.Parser(description="Figures 1-8, reliability diagrams and training curves, as PNG files.")
     flag = parser.add_argument
-    flag("runs", nargs="?", help="the folder of the runs")
+    flag("runs", nargs="?", help="the folder of the runs; by default runs")
     flag("--source", choices=("runs", "paper"), default="runs", help="our runs' numbers, or the published ones")
     flag("--dataset", default="cifar10", help="the data set in CIFAR-10's place")
     flag("--arch", default="resnet18", help="the network in ResNet-18's place")
     flag("--out", default="figures", help="the folder of the figures")
+    flag("--pdf", action="store_true", help="PDF files too")
     args = parser.parse_args(argv)
-    if (args.runs is None) == (args.source == "runs"):
+    ours = args.source == "runs"
+    if args.runs and not ours:
         raise ValueError("name the folder of the runs or --source paper, one of the two")
 
-    runs, problems = read_results(args.runs) if args.runs else ({}, [])
+    runs, problems = read_results(args.runs or "runs") if ours else ({}, [])
     for path, run in runs.items():
         if (log := path.with_name("log.csv")).exists():
             run["log"] = np.genfromtxt(log, delimiter=",", names=True, ndmin=1)
     groups = runs_to_draw(group_runs(runs))
     logged = {key: group for key, group in groups.items() if all("log" in run for run in group.seeds.values())}
-    numbers = {place: cells_of(g, "best") for place, g in groups.items()} if args.runs else papers_numbers()
+    numbers = {place: cells_of(g, "best") for place, g in groups.items()} if ours else papers_numbers()
 
     def pick(values: dict, sets: list[str], arches: list[str], few: bool = False) -> dict:
         """Those on these data sets and networks, in order; few: Standard, AugMix, MAGNMA, methods of the user's own."""
@@ -303,13 +305,14 @@ def main(argv: list[str] | None = None) -> int:
         plan[f"training_{dataset}"] = training, pick(logged, [dataset], arches[:1])
     for name, (draw, data, *rest) in sorted(plan.items()):
         if len(data) == 0:
-            why = "no runs for it; --dataset and --arch name others" if args.runs else "nothing published for it"
+            why = "no runs for it; --dataset and --arch name others" if ours else "nothing published for it"
             print(f"{name} is not drawn: {why}")
             continue
         ran = footer({key: groups[key] for key in data if key in groups})
-        note = ran if args.runs else f"Published numbers: {tables.PAPER['source']}"
-        with matplotlib.rc_context(LOOK):
-            save(draw(data, *rest), Path(args.out, f"{name}.png"), note)
+        note = ran if ours else f"Published numbers: {tables.PAPER['source']}"
+        for suffix in ("png", "pdf") if args.pdf else ("png",):
+            with matplotlib.rc_context(LOOK):
+                save(draw(data, *rest), Path(args.out, f"{name}.{suffix}"), note)
     for problem in problems:
         print(f"figures.py: {problem}", file=sys.stderr)
     return 1 if problems else 0

@@ -188,6 +188,7 @@ def _with_hparams(loss: Callable) -> Callable:
     def call(f: nn.Module, x: Tensor, y: Tensor, hparams: dict) -> tuple[Tensor, Tensor]:
         return loss(f, x, y, **{key: hparams[key] for key in keys if key in hparams})
 
+    call.hparams = frozenset(keys)
     return call
 
 
@@ -204,3 +205,9 @@ METHODS = {
         "magnma": magnma_loss,
     }.items()
 }
+
+
+def of_other_methods(method: str) -> set[str]:
+    """The hyperparameters that other methods take and `method` does not: runs that differ in them alone are alike."""
+    taken = set().union(*(loss.hparams for loss in METHODS.values()))
+    return taken - METHODS[method].hparams if method in METHODS else set()

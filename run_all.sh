@@ -120,7 +120,7 @@ def finished(args):
     try:
         config, results = (json.loads(Path(args.out, f"{name}.json").read_bytes()) for name in ("config", "results"))
         evaluate.check_results(results)
-        same = all(k in train.MAY_DIFFER or v in (config[k], "auto") for k, v in vars(args).items())
+        same = all(k in train.MAY_DIFFER or v in (config.get(k, v), "auto") for k, v in vars(args).items())
         return same and results["best"] and results["last"] and results["limit"] is None
     except (OSError, ValueError, LookupError, TypeError):
         return False  # train.py --resume knows what to do

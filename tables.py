@@ -100,8 +100,9 @@ def cells_of(group: Group, checkpoint: str) -> dict[str, Cell]:
 
 
 def method_of(group: Group) -> str:
-    """method[-tag], as in the run's folder."""
-    return "-".join(filter(None, (group.shared["method"] or "foreign", group.shared["tag"])))
+    """method[-tag], as in the run's folder; of weights trained elsewhere their file's name."""
+    theirs = Path(str(group.shared["hparams"].get("checkpoint"))).stem
+    return "-".join(filter(None, (group.shared["method"] or theirs, group.shared["tag"])))
 
 
 def place_of(group: Group) -> Place:
@@ -125,9 +126,8 @@ def departures(group: Group) -> list[str]:
     """What departs from the paper's recipe, in words."""
     found, said = facts(group), []
     for name, value in (RECIPE | OWN.get(group.shared["method"], {})).items():
-        if name in found and found[name] != value:
-            what = "unknown" if found[name] is None else found[name]
-            said.append(f"{name} {what}" + (f" (paper: {value})" if value else ""))
+        if found.get(name, value) not in (value, None):  # None: unknown, of weights trained elsewhere
+            said.append(f"{name} {found[name]}" + (f" (paper: {value})" if value else ""))
     return said
 
 
@@ -232,7 +232,9 @@ def notes_on(placed: dict[Place, list[Group]], checkpoint: str) -> list[str]:
         several = len({place[:2] for place in placed}) > 1
         whom = label(column) + (f" ({label(arch)}, {label(dataset)})" if several else "")
         said, seeds = departures(shown), len(evaluations(shown, checkpoint))
-        if seeds < 3:
+        if shown.shared["method"] is None:
+            said.append("trained elsewhere")
+        elif seeds < 3:
             said.append(f"{seeds} of the paper's 3 seeds" if seeds else f"{checkpoint}.pt was not evaluated")
         for text in said:
             about.setdefault(text, []).append(whom)

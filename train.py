@@ -32,7 +32,7 @@ import utils
 from augment import preprocess
 from data import BUILT_IN, Dataset, load_dataset
 from evaluate import WHERE_IT_RAN, predict
-from losses import METHODS
+from losses import METHODS, of_other_methods
 from models import ARCHS, build_model, recompute
 from utils import seed
 
@@ -85,7 +85,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--compile", action="store_true", help="torch.compile the network")
     flag("--recompute", action="store_true", help="compute each forward pass again in the backward pass: the same"
          " result, the memory of one copy's activations, a third more time")
-    flag("--tag", help="suffix of the run's folder; by default made of the hyperparameters")
+    flag("--tag", help="suffix of the run's folder; by default made of MAGNMA's hyperparameters and --joint")
     flag("--out", help="the run's folder; by default runs/<dataset>/<arch>/<method>[-<tag>]/seed<k>")
     flag("--resume", action="store_true", help="go on where the run stopped; from the start if there is nothing yet")
 
@@ -241,7 +241,8 @@ def open_run(
         saved = utils.load_checkpoint(last)
         try:
             theirs, log = saved["config"], saved["log"]
-            differ = [k for k in config if k not in MAY_DIFFER and theirs.get(k) != config[k]]
+            unknown = of_other_methods(config["method"]) - theirs.keys()  # flags that came with a method added since
+            differ = [k for k in config if k not in (*MAY_DIFFER, *unknown) and theirs.get(k) != config[k]]
             if not differ:
                 f.load_state_dict(saved["model"])
                 sgd.load_state_dict(saved["optimizer"])

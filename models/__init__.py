@@ -89,7 +89,8 @@ def recompute(f: nn.Module) -> None:
 
     @contextmanager
     def statistics_fixed() -> Iterator[None]:
-        norms = [(m, m.momentum, m.num_batches_tracked) for m in f.modules() if isinstance(m, nn.BatchNorm2d)]
+        kind = nn.modules.batchnorm._BatchNorm
+        norms = [(m, m.momentum, m.num_batches_tracked) for m in f.modules() if isinstance(m, kind)]
         for m, _, _ in norms:
             m.momentum, m.num_batches_tracked = 0.0, None
         try:

@@ -227,8 +227,8 @@ def test_equals_its_definition_image_by_image(name, monkeypatch):
 
 
 def test_all_19_have_five_severities():
-    table = {function.__name__: len(constants) for function, constants in corruptions.SEVERITIES.items()}
-    assert table == dict.fromkeys([*data.CORRUPTIONS, "gaussian_noise"], 5) == dict.fromkeys(DEFINITIONS, 5)
+    assert {*data.CORRUPTIONS, "gaussian_noise"} == {*DEFINITIONS} <= {f.__name__ for f in corruptions.SEVERITIES}
+    assert {len(constants) for constants in corruptions.SEVERITIES.values()} == {5}
 
 
 def test_draws_are_uniform_and_differ_by_seed_name_severity_and_image():
@@ -302,7 +302,7 @@ def made(tmp_path_factory):
 
 
 def test_a_folder_has_the_official_form_and_a_record(made):
-    assert set(content(made)) == {*(f"{name}.npy" for name in DEFINITIONS), "labels.npy", "generated.json"}
+    assert set(content(made)) >= {*(f"{name}.npy" for name in DEFINITIONS), "labels.npy", "generated.json"}
     snow, labels = np.load(made / "snow.npy"), np.load(made / "labels.npy")
     assert (snow.dtype, snow.shape, labels.dtype) == (np.uint8, (60, 32, 32, 3), np.uint8)
     assert_whole(made)
@@ -319,7 +319,7 @@ def test_files_that_are_there_are_kept_where_the_record_fits(made, tmp_path, cap
 
     def refused(message, *more):
         before = content(folder)
-        with pytest.raises(ValueError, match=f"mine-C{message}; delete that folder, or name another with --data$"):
+        with pytest.raises(ValueError, match=f"mine-C{message}; .*or name another.* with --data$"):
             corruptions.main([*flags, *more])
         assert content(folder) == before
 
@@ -336,7 +336,8 @@ def test_files_that_are_there_are_kept_where_the_record_fits(made, tmp_path, cap
     shutil.copy(made / "generated.json", record)
     capsys.readouterr()
     corruptions.main([*flags, "--workers", "1"])
-    line = f"{folder}: 19 corruptions of 12 images at five severities, seed 3"
+    kept = len(corruptions.SEVERITIES) - 1
+    line = f"{folder}: 1 corruptions of 12 images made with seed 3, {kept} kept"
     assert capsys.readouterr().out.splitlines() == ["fog: done", line]
     assert (folder / "snow.npy").stat().st_mtime_ns == made_at
     assert content(folder) == content(made)
@@ -391,7 +392,7 @@ def test_the_official_set_is_unpacked_whole(tmp_path, monkeypatch, capsys):
     assert json.loads((folder / "official.json").read_text()) == {"url": url, "md5": md5}
     for missing in ("snow.npy", "official.json"):
         (folder / missing).rename(tmp_path / missing)
-        with pytest.raises(ValueError, match="CIFAR-10-C is not the whole official set; delete that folder, or name"):
+        with pytest.raises(ValueError, match=r"CIFAR-10-C is there, and not known .* whole official set; delete"):
             corruptions.main(flags)
         (tmp_path / missing).rename(folder / missing)
     with pytest.raises(ValueError, match="--download: there is no official corrupted set of digits"):

@@ -66,7 +66,7 @@ CASES = [
     *((f"train.py {flag} {value}", f"argument {flag}: {value} is out of") for flag, value in OUT_OF_RANGE.items()),
     ("train.py --epochs 1.5", "argument --epochs: invalid int value: '1.5'"),
     ("train.py --method magma", "argument --method: invalid choice: 'magma' (choose from"),
-    ("train.py --arch vgg", "argument --arch: invalid choice: 'vgg' (choose from"),
+    ("train.py --arch resnet1", "argument --arch: invalid choice: 'resnet1' (choose from"),
     ("train.py --learning-rate 1", "unrecognized arguments: --learning-rate 1; --help shows the flags"),
     ("train.py --dataset mnist", "unknown data set 'mnist'; use one of cifar10, cifar100, digits, or the path of an"),
     ("train.py --device tpu", "--device tpu: no such device; use auto, cpu, cuda"),

@@ -345,8 +345,9 @@ def test_damaged_and_older_results_are_named_and_skipped(whole, tmp_path):
 
 def test_runs_that_differ_in_more_than_the_seed_are_never_averaged(whole):
     same = [("seed", 1), ("seed", 2), ("hparams.out", "elsewhere"), ("hparams.device", "cuda"),
-            ("hparams.recompute", True), ("wall_seconds", 5), ("commit", "x"), ("device", "another")]  # fmt: skip
-    other = [("hparams.lr", 0.7), ("hparams.n", 1), ("hparams.joint", True), ("hparams.epochs", 3),
+            ("hparams.recompute", True), ("hparams.n", 1), ("hparams.joint", True),  # which Standard does not take
+            ("wall_seconds", 5), ("commit", "x"), ("device", "another")]  # fmt: skip
+    other = [("hparams.lr", 0.7), ("hparams.epochs", 3),
              ("hparams.of_my_own", 3), ("dataset", "x"), ("arch", "x"), ("method", "mine"), ("tag", "x"),
              ("data_source", "official"), ("corruption_source", "official"), ("train_images", 15), ("test_images", 3),
              ("amp", "bf16"), ("evaluation.amp", "fp16")]  # fmt: skip

@@ -130,6 +130,6 @@ def test_files_and_errors(tmp_path, capsys):
     assert "runs/results.json is left out" in printed.err  # damaged; the rest is drawn
     files = [line for line in printed.out.splitlines() if line.startswith(str(out))]
     assert len(files) == 8 == sum(np.asarray(Image.open(file).convert("L")).std() > 10 for file in files)
-    for wrong in ([], ["runs", "--source", "paper"], [str(out)]):
+    for wrong in (["runs", "--source", "paper"], [str(out)]):
         with pytest.raises((ValueError, OSError)):
             figures.main(wrong)

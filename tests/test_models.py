@@ -110,8 +110,8 @@ def test_every_layer_starts_as_torch_starts_it(arch):
 
 
 def test_build_model_names_what_is_wrong_and_follows_the_seed():
-    with pytest.raises(ValueError, match="unknown arch 'vgg': use one of resnet18, densenet121, "):
-        models.build_model("vgg", 10)
+    with pytest.raises(ValueError, match="unknown arch 'resnet1': use one of resnet18, densenet121, "):
+        models.build_model("resnet1", 10)
     with pytest.raises(ValueError, match="num_classes must be at least 2, not 1"):
         models.build_model("resnet20", 1)
     torch.manual_seed(0)

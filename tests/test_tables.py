@@ -223,7 +223,8 @@ def test_claims_from_our_runs(tmp_path, capsys, place):
 def test_other_peoples_folders_end_in_no_traceback(tmp_path, capsys):
     put(tmp_path, "theirs", evaluation(mine=11.0), {"tag": None, "train_images": None})
     put(tmp_path, "magnma", lambda1="a", epochs="many", subset=[1])
-    put(tmp_path, None, None, {"seed": None, "best": None, "foreign": evaluation(), "hparams": {}, "amp": None})
+    put(tmp_path, None, None, {"seed": None, "best": None, "foreign": evaluation(), "amp": None,
+                                 "hparams": {"checkpoint": "their/foreign.pt"}})
     put(tmp_path).write_text("{")
     for argv in ("", "--csv", "--claims", "--table all", "--checkpoint last", "--table 3 --format latex"):
         assert tables.main([str(tmp_path), *argv.split()]) == 1

@@ -1,5 +1,6 @@
 """Algorithm 1's loop against a plain one, what a run writes, exact resume after kills, two processes."""
 
+import argparse
 import copy
 import csv
 import dataclasses
@@ -313,7 +314,7 @@ def test_a_disk_that_fills_between_the_files_of_an_epoch_changes_nothing(run, mo
     assert_same_run(run(*flags, "--resume"), whole)
 
 
-def test_what_resume_does_and_refuses(run):
+def test_what_resume_does_and_refuses(run, monkeypatch):
     folder = run("--epochs", 1, "--resume")  # nothing there: from the start
     before = (folder / "last.pt").read_bytes()
     for flags, message in (
@@ -322,6 +323,9 @@ def test_what_resume_does_and_refuses(run):
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"the run in .* with {message}.*go on as it began, or name another --out"):
             run("--epochs", 1, "--resume", *flags.split())
+    monkeypatch.setattr(losses.METHODS["at"], "hparams", losses.METHODS["at"].hparams | {"my_flag"})
+    parse_args = train.parse_args  # with a flag of a method that was added since
+    monkeypatch.setattr(train, "parse_args", lambda argv: argparse.Namespace(**vars(parse_args(argv)), my_flag=3))
     (folder / "log.csv").unlink()
     (folder / ".last.pt.123.tmp").touch()  # of a process that was killed while saving
     may_differ = "--amp off --data elsewhere --recompute --compile --tag x --device auto"
