@@ -51,7 +51,7 @@ def test_worked_example_trains_evaluates_and_is_listed(tmp_path):
 
 
 def test_names_exist():
-    names = set(re.findall(r"`(augment|corruptions|data|evaluate|losses|models|train)\.([A-Za-z_]+)`", README))
+    names = set(re.findall(r"`(augment|corruptions|data|evaluate|losses|models|tables|train)\.([A-Za-z_]+)`", README))
     assert len(names) > 20
     missing = [f"{m}.{name}" for m, name in names if name != "py" and not hasattr(importlib.import_module(m), name)]
     assert not missing
