@@ -432,8 +432,8 @@ def generate(folder: Path, images: np.ndarray, labels: np.ndarray, record: dict,
                 made = "from other images" if key == "clean_sha256" else f"with {key} {there.get(key)}, not {value}"
                 raise ValueError(f"{folder} was made {made}; {REMEDY}")
     elif any(folder.glob("*.npy")):
-        raise ValueError(f"{folder} holds the official set, or another that was not made here; put a corruption of your"
-                         " own in as <name>.npy, or name another folder with --data")  # fmt: skip
+        raise ValueError(f"{folder} holds the official set, or another that was not made here; add a corruption to it"
+                         " as <name>.npy, or name another folder with --data")  # fmt: skip
     else:
         utils.write_json(folder / "generated.json", record)
     if not (folder / "labels.npy").is_file():

@@ -145,15 +145,14 @@ def load_corrupted(name: str, root: str | Path, corruption: str) -> Tensor:
 def check_folder(dataset: Dataset, root: str | Path) -> None:
     """Raise ValueError unless the corrupted set is of this test set: its labels, five times, and the images' hash.
 
-    The hash is known of a set that was made here.
+    A set made here has the hash in its generated.json; of others the labels alone are checked.
     """
     name, folder = dataset.name, corrupted_folder(dataset.name, root)
-    labels, record = _map(name, root, "labels"), folder / "generated.json"
-    other = labels.dtype.kind not in "iu" or not np.array_equal(labels, np.tile(dataset.test_labels.numpy(), 5))
-    what = "labels" if other else "images"
-    if record.is_file():
-        other = other or read_json(record).get("clean_sha256") != sha256(dataset.test_images)
-    if other:
+    labels, record, own = _map(name, root, "labels"), folder / "generated.json", sha256(dataset.test_images)
+    same_labels = labels.dtype.kind in "iu" and np.array_equal(labels, np.tile(dataset.test_labels.numpy(), 5))
+    same_images = not record.is_file() or read_json(record).get("clean_sha256", own) == own
+    if not (same_labels and same_images):
+        what = "images" if same_labels else "labels"
         raise ValueError(f"{folder} was made of other {what} than those of {name}'s test set; delete that folder, or"
                          " name another with --data")  # fmt: skip
 

@@ -383,10 +383,9 @@ def group_runs(runs: dict[Path, dict]) -> list[Group]:
         keys = ("dataset", "arch", "method", "tag", "data_source", "corruption_source", "train_images", "test_images",
                 "amp")  # fmt: skip
         shared = {key: content[key] for key in keys} | {"evaluation_amp": content["evaluation"].get("amp")}
-        shared["hparams"] = {k: v for k, v in content["hparams"].items() if k not in WHERE_IT_RAN}
-        without = of_other_methods(content["method"])
-        own = {k: v for k, v in shared["hparams"].items() if k not in without}
-        group = groups.setdefault(json.dumps(shared | {"hparams": own}, sort_keys=True), Group(shared, {}, []))
+        without = {*WHERE_IT_RAN, *of_other_methods(content["method"])}
+        shared["hparams"] = {k: v for k, v in content["hparams"].items() if k not in without}
+        group = groups.setdefault(json.dumps(shared, sort_keys=True), Group(shared, {}, []))
         if content["seed"] in group.seeds:
             group.left_out.append(path)
         else:

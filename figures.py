@@ -76,7 +76,7 @@ def runs_to_draw(groups: list[Group]) -> dict[Place, Group]:
         else:
             drawn[place] = shown
             for other in others:
-                print(f"{name}: drawn | not drawn: {tables.telling([shown, other])}")
+                print(f"{name} was also run with (drawn | not drawn) {tables.telling([shown, other])}")
     return drawn
 
 
@@ -85,8 +85,10 @@ def footer(groups: dict[Place, Group]) -> str:
     lines: dict[str, list[str]] = {}
     for (dataset, arch, column), g in groups.items():
         s, h = g.shared, g.shared["hparams"]
-        data = f"{label(dataset)} ({s['data_source']}, {s['train_images']} training and {s['test_images']} test images)"
-        how = f"{h.get('epochs')} epochs, seeds {', '.join(map(str, g.seeds))}" if s["method"] else "trained elsewhere"
+        seeds = ", ".join(map(str, evaluations(g, "best")))
+        how = f"{s['train_images']} training images, {h.get('epochs')} epochs, seeds {seeds}"
+        data = f"{label(dataset)} ({s['data_source']}, {s['test_images']} test images)"
+        how = how if s["method"] else "trained elsewhere"
         line = f"{data}, {s['corruption_source']} corruptions, {label(arch)}, {how}"
         n = f" (n = {h.get('n')})" if s["method"] == "magnma" else ""
         lines.setdefault(line, []).append(label(column) + n)
@@ -278,7 +280,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     ours = args.source == "runs"
     if args.runs and not ours:
-        raise ValueError("name the folder of the runs or --source paper, one of the two")
+        raise ValueError("--source paper takes no folder of runs")
 
     runs, problems = read_results(args.runs or "runs") if ours else ({}, [])
     for path, run in runs.items():

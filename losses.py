@@ -182,7 +182,7 @@ def mean(values: list[Tensor]) -> Tensor | float:
 
 
 def _with_hparams(loss: Callable) -> Callable:
-    """`loss` called with the dict of all flags, hparams, of which it gets its keyword arguments (`joint` may lack)."""
+    """`loss` called with the dict of all flags, hparams, of which it gets its keyword arguments, if there."""
     keys = [k for k, p in inspect.signature(loss).parameters.items() if p.kind is p.KEYWORD_ONLY]
 
     def call(f: nn.Module, x: Tensor, y: Tensor, hparams: dict) -> tuple[Tensor, Tensor]:

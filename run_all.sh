@@ -120,7 +120,8 @@ def finished(args):
     try:
         config, results = (json.loads(Path(args.out, f"{name}.json").read_bytes()) for name in ("config", "results"))
         evaluate.check_results(results)
-        same = all(k in train.MAY_DIFFER or v in (config.get(k, v), "auto") for k, v in vars(args).items())
+        free = {*train.MAY_DIFFER, *(train.of_other_methods(args.method) - config.keys())}  # as train.py --resume
+        same = all(k in free or v in (config.get(k), "auto") for k, v in vars(args).items())
         return same and results["best"] and results["last"] and results["limit"] is None
     except (OSError, ValueError, LookupError, TypeError):
         return False  # train.py --resume knows what to do
@@ -227,6 +228,7 @@ while (($#)); do
     list | data | setup | test)
       [[ -z $mode ]] || die "one part at a time"
       mode=$1
+      [[ $1 == test ]] && more=("${@:2}") && break
       ;;
     --seeds | --gpus | --only | --root)
       [[ ${2:-} == [!-]* ]] || die "$1 needs a value"
@@ -235,11 +237,10 @@ while (($#)); do
       ;;
     --cpu) device=cpu ;;
     --generate) generate=yes ;;
-    --) ;;
+    --) more=("${@:2}") && break ;;
     -h | --help) sed -n '2,/^$/ s/^# \{0,1\}//p' run_all.sh && exit ;;
     *) die "unknown part or flag '$1'; bash run_all.sh --help shows them" ;;
   esac
-  [[ $1 == @(--|test) ]] && more=("${@:2}") && break
   shift
 done
 for flag in "${more[@]}"; do
@@ -265,7 +266,7 @@ if [[ -z ${PYTHON:-} ]]; then
 fi
 command -v "$PYTHON" >/dev/null || die "PYTHON=$PYTHON is no program; name an interpreter, or unset it"
 "$PYTHON" -c 'import importlib.util, sys; sys.exit(sys.version_info < (3, 11) or not importlib.util.find_spec("torch"))' ||
-  die "PYTHON=$PYTHON is older than Python 3.11, or has no torch; unset PYTHON, and .venv is made"
+  die "PYTHON=$PYTHON is older than Python 3.11, or has no torch; unset PYTHON, or delete .venv/installed"
 [[ $mode == setup ]] && exit
 if [[ $mode == test ]]; then
   PATH=$(dirname "$(command -v "$PYTHON")"):$PATH # where pip has put them

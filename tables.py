@@ -101,7 +101,7 @@ def cells_of(group: Group, checkpoint: str) -> dict[str, Cell]:
 
 def method_of(group: Group) -> str:
     """method[-tag], as in the run's folder; of weights trained elsewhere their file's name."""
-    theirs = Path(str(group.shared["hparams"].get("checkpoint"))).stem
+    theirs = Path(str(group.shared["hparams"].get("checkpoint"))).name
     return "-".join(filter(None, (group.shared["method"] or theirs, group.shared["tag"])))
 
 
@@ -239,8 +239,9 @@ def notes_on(placed: dict[Place, list[Group]], checkpoint: str) -> list[str]:
         for text in said:
             about.setdefault(text, []).append(whom)
         for other in others:
-            numbers = " ".join(map(str, other.seeds))
-            further.append(f"{whom} was also run with (shown | not shown) {telling([shown, other])}; seeds {numbers}")
+            numbers = " ".join(str(seed) for seed in other.seeds if seed is not None)
+            further.append(f"{whom} was also run with (shown | not shown) {telling([shown, other])}"
+                           + (f"; seeds {numbers}" if numbers else ""))  # fmt: skip
     notes = [f"ours: mean ± population deviation over seeds of {checkpoint}.pt"]
     notes += [f"{text}: {'all' if len(whom) == len(placed) else ', '.join(whom)}" for text, whom in about.items()]
     return notes + further + [f"{ANOTHER}: {path}" for shown, *_ in placed.values() for path in shown.left_out]
@@ -408,7 +409,8 @@ def comparable(placed: dict[Place, list[Group]]) -> tuple[dict[Place, list[Group
     for place, groups in sorted(placed.items(), key=lambda item: item[0][2] != MAGNMA):
         found = facts(groups[0])
         wanted = first.setdefault(place[:2], found)
-        away = [name for name in (*RECIPE, "train_images", "processes") if found.get(name) != wanted.get(name)]
+        both = found.keys() & wanted.keys()
+        away = [name for name in (*RECIPE, "train_images", "processes") if name in both and found[name] != wanted[name]]
         if away:
             notes.append(f"not compared, since run otherwise ({', '.join(away)}): {', '.join(map(label, place))}")
         else:

@@ -79,7 +79,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
          " as AugMix's own code has it, and not in passes of their own; batch norm sees the difference")
     flag("--subset", type=count, help="train on the first N images only")
     flag("--eval-every", type=count, default=5, help="test after the first epoch, every N-th and the last")
-    flag("--device", default="auto", help="auto, cpu, cuda or cuda:<index>; under torchrun, cuda is a GPU a process")
+    flag("--device", default="auto", help="auto, cpu, cuda or cuda:<index>; torchrun gives each process a GPU")
     flag("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
          help="mixed precision; auto: bf16 on GPUs that have it, fp16 on others, off on a CPU")
     flag("--compile", action="store_true", help="torch.compile the network")
@@ -148,7 +148,7 @@ def train(args: argparse.Namespace, dataset: Dataset, device: torch.device, rank
         X_t = preprocess(X, dataset.hflip)  # Sec. 4
         order = torch.randperm(len(X))[: len(X) // B * B].to(device)
         seed(args.seed, t, rank)
-        loss_sum, correct = torch.zeros(2, dtype=torch.float64, device=device).unbind()  # so no step waits
+        loss_sum, correct = torch.zeros(2, dtype=torch.float64, device=device).unbind()  # read once an epoch
         f.train()
         for batch in tqdm(order.split(B), f"epoch {t + 1}/{T}", leave=False, unit="batch",
                           disable=None if rank == 0 else True):  # for each batch (x, y) ~ D do  # fmt: skip

@@ -139,9 +139,12 @@ def write_json(path: str | Path, content: object) -> None:
 def read_json(path: str | Path) -> dict:
     """Read a JSON object. Raises FileNotFoundError, or ValueError naming the file where it is damaged."""
     try:
-        return json.loads(Path(path).read_bytes())
+        content = json.loads(Path(path).read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error}); delete it or write it anew") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object; delete it or write it anew")
+    return content
 
 
 def save_checkpoint(path: str | Path, content: dict) -> None:

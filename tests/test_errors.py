@@ -102,6 +102,8 @@ CASES = [
     ("evaluate.py {d}/unfinished", "{d}/unfinished is unfinished (1 of 2 epochs); train with --resume"),
     ("evaluate.py {d}/cut-run", "cut-run/last.pt is damaged"),
     ("evaluate.py {d}/no-run", "{d}/no-run holds no checkpoints of train.py ('config' is missing); train again"),
+    ("evaluate.py {d}/run --arch resnet20", "--arch, --dataset, --mean and --std are for --checkpoint"),
+    ("evaluate.py {d}/run --dataset mine", "--arch, --dataset, --mean and --std are for --checkpoint"),
     ("evaluate.py {d}/run --mean 0 0 0 --std 1 1 1", "--arch, --dataset, --mean and --std are for --checkpoint"),
     (f"{FOREIGN} {{d}}/run/best.pt --arch resnet20 --only best", "--only is for a run's folder; --checkpoint is one"),
     (f"{EVALUATE} --limit 5", "--limit 5: mine has 4 test images"),

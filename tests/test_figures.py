@@ -75,19 +75,27 @@ def test_runs_are_drawn_and_panels_without_data_left_out(monkeypatch, tmp_path, 
     write_run(tmp_path, 57, "magnma", "l1_0.1-l2_0-s_0.2-b_1", lambda1=0.1, lambda2=0)
     write_run(tmp_path, 58, "magnma", "n_1", n=1)
     write_run(tmp_path, 40, "mixup")
+    theirs = utils.read_json(tmp_path / "standard-/seed0/results.json")
+    theirs |= {"method": None, "seed": None, "tag": None, "foreign": theirs.pop("best"), "train_images": None,
+               "hparams": {"checkpoint": "their/mixup.pt"}}  # fmt: skip
+    utils.write_json(tmp_path / "mixup.pt.results.json", theirs)
+    write_run(tmp_path, 58, "augmix")
+    last = utils.read_json(tmp_path / "augmix-/seed0/results.json")
+    utils.write_json(tmp_path / "augmix-/seed0/results.json", last | {"last": last["best"], "best": None})
     kept = draw(monkeypatch, str(tmp_path), "--dataset", "digits", "--arch", "resnet20")
     assert {name for name in kept if "6" in name or "8" in name or "cifar" in name} == set()
     printed = capsys.readouterr().out
     assert "figure6 is not drawn: no runs" in printed
     assert "digits, ResNet-20, magnma 0.1 0 0.2 1: not drawn, since it is of Table 5 alone" in printed
-    assert "digits, ResNet-20, MAGNMA: drawn | not drawn: n 5 | 1" in printed
+    assert "digits, ResNet-20, MAGNMA was also run with (drawn | not drawn) n 5 | 1" in printed
+    assert "digits, ResNet-20, AugMix: not drawn, since best.pt was not evaluated" in printed
     (ax,) = kept["figure2"].axes  # no panel for CIFAR-100, no group for the other networks
     assert (ax.get_title(), [text.get_text() for text in ax.get_xticklabels()]) == ("digits-C", ["ResNet-20"])
-    assert ax.get_legend_handles_labels()[1] == ["Standard", "MAGNMA", "mixup"]
-    assert np.allclose(heights(ax), [59.5, 68.5, 48.5])
+    assert ax.get_legend_handles_labels()[1] == ["Standard", "MAGNMA", "mixup", "mixup.pt"]
+    assert np.allclose(heights(ax), [59.5, 68.5, 48.5, 58.5])
     assert np.allclose(ax.collections[0].get_segments()[0][:, 1], [58.5, 60.5])  # the deviation of two seeds, by n
-    assert np.allclose(heights(kept["figure3"].axes[0]), [5.5, 5, 5])
-    assert np.allclose(heights(kept["figure5"].axes[0])[:5], [71, 75, 76, 80, 60])
+    assert np.allclose(heights(kept["figure3"].axes[0]), [5.5, 5, 5, 5])
+    assert np.allclose(heights(kept["figure5"].axes[0])[:6], [71, 75, 76, 80, 60, 70])
     axes = kept["reliability_digits"].axes
     assert np.allclose(axes[1].lines[1].get_xydata(), [[36 / 40, 30 / 40], [118 / 120, 181 / 240]])  # both seeds' bins
     assert np.allclose(axes[3].lines[0].get_ydata(), [25, 75])
@@ -95,7 +103,8 @@ def test_runs_are_drawn_and_panels_without_data_left_out(monkeypatch, tmp_path, 
     assert len(loss.lines) == len(test.lines) == 6
     assert loss.lines[0].get_xydata().tolist() == [[1, 2.5], [2, 1.5]]
     assert test.lines[0].get_xydata().tolist() == [[2, 60]]
-    assert "generated corruptions, ResNet-20, 2 epochs, seeds 0, 1: Standard\n" in kept["note"]
+    assert "generated corruptions, ResNet-20, 1437 training images, 2 epochs, seeds 0, 1: Standard\n" in kept["note"]
+    assert "seeds 0: MAGNMA noise (n = 5), MAGNMA mix (n = 5), MAGNMA (n = 5), mixup" in kept["note"]
 
 
 def test_figure_1_shows_what_augment_made_and_figure_4_the_corruptions(monkeypatch):

@@ -48,6 +48,7 @@ def check_results(content):
     if "mca" not in content["best"]: raise ValueError("of an older form")
 # train.py
 MAY_DIFFER = ("device", "resume", "out")
+def of_other_methods(method): return {"sigma_max"}
 def parse_args(argv):
     import utils
     parser = utils.Parser()
@@ -148,10 +149,12 @@ def test_each_table_has_its_own_runs(table: str) -> None:
 
 def test_flags_of_the_list() -> None:
     assert {parse_args(flags).seed for _, flags, _ in listed("headline", "--seeds", "7, 3")} == {3, 7}
-    ((number, flags, evaluated),) = listed("table3", "--only", "5", "--cpu", "--root", "a b", "--", "--n", "1")
+    ((number, flags, evaluated),) = listed("table3", "--only", "5", "--root", "a b", "--cpu", "--", "--n", "1")
     args = parse_args(flags)
     assert (number, args.method, args.n, args.device, args.out) == ("5", "trades", 1, "cpu", evaluated[0])
     assert evaluated == ["a b/cifar10/resnet18/trades/seed0", "--device", "cpu"]
+    ((_, flags, evaluated),) = listed("headline", "--only", "1", "--root", "test", "--cpu")
+    assert (parse_args(flags).device, evaluated[0]) == ("cpu", "test/cifar10/resnet18/standard/seed0")
 
 
 @pytest.mark.parametrize(
@@ -235,9 +238,15 @@ def test_failed_killed_and_finished_runs_and_the_same_command_again(project: Pat
     assert {words[-1] for words in trained} == {"True"}  # --resume
     assert second[-2:] == [["tables", "runs", "--table", "1"], ["tables", "runs", "--table", "2"]]
     assert not any(words[0] == "corruptions" for words in second)
-    (project / "runs/cifar10/resnet18/magnma/seed0/results.json").write_text('{"best": {"mca"')
+    for method, text in (("magnma", '{"best": {"mca"'), ("augmix", '{"best": {"old": 1}, "last": {}, "limit": null}')):
+        (project / f"runs/cifar10/resnet18/{method}/seed0/results.json").write_text(text)
+    config = project / "runs/cifar10/resnet18/standard/seed0/config.json"  # before flags of another method, and its own
+    config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "sigma_max"}))
     assert bash(project, *command, GPUS="1").returncode == 0
-    assert [words[1].split("/")[3] for words in calls(project, "train")] == ["magnma"]
+    assert [words[1].split("/")[3] for words in calls(project, "train")] == ["augmix", "magnma"]
+    config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "dataset"}))
+    assert bash(project, *command, GPUS="1").returncode == 0
+    assert [words[1].split("/")[3] for words in calls(project, "train")] == ["standard"]
     assert bash(project, *command).returncode == 0  # nothing is left that needs a GPU
 
 
