@@ -13,6 +13,7 @@ import losses
 import tables
 import train
 from data import CORRUPTIONS
+from evaluate import group_runs, read_results
 from evaluate import parse_args as evaluate_args
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,7 +46,7 @@ def test_worked_example_trains_evaluates_and_is_listed(tmp_path):
         return done.stdout
 
     small = ["--dataset", "mine.npz", "--arch", "resnet20", "--epochs", "1", "--batch-size", "10", "--device", "cpu"]
-    run("train.py", "--method", "mixup", "--mixup-alpha", "0.5", *small)
+    run("train.py", "--method", "mixup", *small)
     run("evaluate.py", "runs/mine/resnet20/mixup/seed0", "--device", "cpu")
     assert "mixup" in run("tables.py", "runs")
 
@@ -61,10 +62,25 @@ def test_names_exist():
 
 def test_commands_parse():
     commands = re.findall(r"^    (?:python|torchrun .* --) (train|evaluate|tables)\.py(.*?)(?:  +#.*)?$", README, re.M)
-    assert len(commands) > 10
+    assert len(commands) > 8
     parse = {"train": train.parse_args, "evaluate": evaluate_args, "tables": tables.parse_args}
     for script, arguments in commands:
         parse[script](arguments.split())
+
+
+def test_the_table_holds_our_runs_numbers_and_the_papers():
+    groups = group_runs(read_results(ROOT / "results/cifar10_copies")[0])
+    ours = {place[2]: tables.cells_of(same[0], "best") for place, same in tables.choose(groups, "best").items()}
+    theirs = tables.published("123")
+    (table,) = re.findall(r"^\| ours \(the paper's\) .*\n\|[-:|]+\n((?:\|.*\n)+)", README, re.M)
+    columns = [*tables.BASELINES, tables.NOISE, tables.MIX, tables.MAGNMA]
+    wanted = []
+    for metric in ("clean", "mca", *CORRUPTIONS):
+        wanted.append(tables.label(metric))
+        for column in columns:
+            own, paper = ours.get(column, {}).get(metric), theirs.get(("cifar10", "resnet18", column, metric))
+            wanted.append((f"{own.mean:.2f}" if own else "—") + (f" ({paper.mean:.2f})" if paper else ""))
+    assert re.findall(r"[^|\s][^|]*[^|\s]|—", table) == wanted
 
 
 def test_readme_is_short_and_finished():
