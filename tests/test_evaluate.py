@@ -237,6 +237,8 @@ def test_each_checkpoint_is_evaluated_with_its_own_weights(place):
     utils.save_checkpoint(run / "best.pt", last | {"epoch": 1, "model": one_class})
     results = run_evaluate(place, run)
     assert (results["best"]["clean"]["accuracy"], results["best"]["mca"]) == (25, 25)
+    confidence = 100 / (1 + 3 * math.exp(-9))
+    assert results["best"]["corrupt_rms_calibration_error"] == pytest.approx(confidence - 25, abs=1e-4)
     f = Small("", 4)
     f.load_state_dict(last["model"])
     images = torch.tensor(np.load(place / "mine-C" / "snow.npy")[4 * N :]).permute(0, 3, 1, 2) / 255

@@ -238,7 +238,8 @@ def test_failed_killed_and_finished_runs_and_the_same_command_again(project: Pat
     assert {words[-1] for words in trained} == {"True"}  # --resume
     assert second[-2:] == [["tables", "runs", "--table", "1"], ["tables", "runs", "--table", "2"]]
     assert not any(words[0] == "corruptions" for words in second)
-    for method, text in (("magnma", '{"best": {"mca"'), ("augmix", '{"best": {"old": 1}, "last": {}, "limit": null}')):
+    old = '{"best": {"x": 1}, "last": {"x": 1}, "limit": null}'
+    for method, text in (("magnma", '{"best": {"mca"'), ("augmix", old)):
         (project / f"runs/cifar10/resnet18/{method}/seed0/results.json").write_text(text)
     config = project / "runs/cifar10/resnet18/standard/seed0/config.json"  # before flags of another method, and its own
     config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "sigma_max"}))
