@@ -475,8 +475,7 @@ def download(folder: Path, url: str, md5: str) -> None:
     import data
     import utils
 
-    whole = all((folder / f"{name}.npy").is_file() for name in (*data.CORRUPTIONS, "labels"))
-    if whole and (folder / "official.json").is_file():
+    if data.is_whole(folder) and (folder / "official.json").is_file():
         return
     if folder.exists():
         raise ValueError(f"{folder} is there, and not known to be the whole official set; {REMEDY}")

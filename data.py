@@ -130,6 +130,12 @@ def corrupted_folder(name: str, root: str | Path) -> Path:
     return Path(root) / BUILT_IN.get(name, f"{name}-C")
 
 
+def is_whole(folder: Path) -> bool:
+    """Are the paper's corruptions and the labels all there, and in a folder that was made here gaussian_noise too?"""
+    names = [*CORRUPTIONS, "labels"] + ["gaussian_noise"] * (folder / "generated.json").is_file()
+    return all((folder / f"{name}.npy").is_file() for name in names)
+
+
 def load_corrupted(name: str, root: str | Path, corruption: str) -> Tensor:
     """One corruption of data set `name`, uint8 (5, N, 3, 32, 32), memory-mapped: what is not used is not read.
 
@@ -148,9 +154,10 @@ def check_folder(dataset: Dataset, root: str | Path) -> None:
     A set made here has the hash in its generated.json; of others the labels alone are checked.
     """
     name, folder = dataset.name, corrupted_folder(dataset.name, root)
-    labels, record, own = _map(name, root, "labels"), folder / "generated.json", sha256(dataset.test_images)
+    labels, record = _map(name, root, "labels"), folder / "generated.json"
     same_labels = labels.dtype.kind in "iu" and np.array_equal(labels, np.tile(dataset.test_labels.numpy(), 5))
-    same_images = not record.is_file() or read_json(record).get("clean_sha256", own) == own
+    made = read_json(record) if record.is_file() else {}
+    same_images = "clean_sha256" not in made or made["clean_sha256"] == sha256(dataset.test_images)
     if not (same_labels and same_images):
         what = "images" if same_labels else "labels"
         raise ValueError(f"{folder} was made of other {what} than those of {name}'s test set; delete that folder, or"

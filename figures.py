@@ -85,10 +85,10 @@ def footer(groups: dict[Place, Group]) -> str:
     lines: dict[str, list[str]] = {}
     for (dataset, arch, column), g in groups.items():
         s, h = g.shared, g.shared["hparams"]
-        seeds = ", ".join(map(str, evaluations(g, "best")))
-        how = f"{s['train_images']} training images, {h.get('epochs')} epochs, seeds {seeds}"
-        data = f"{label(dataset)} ({s['data_source']}, {s['test_images']} test images)"
-        how = how if s["method"] else "trained elsewhere"
+        data, how = f"{label(dataset)} ({s['data_source']}, {s['test_images']} test images)", "trained elsewhere"
+        if s["method"]:
+            seeds = ", ".join(map(str, evaluations(g, "best")))
+            how = f"{s['train_images']} training images, {h.get('epochs')} epochs, seeds {seeds}"
         line = f"{data}, {s['corruption_source']} corruptions, {label(arch)}, {how}"
         n = f" (n = {h.get('n')})" if s["method"] == "magnma" else ""
         lines.setdefault(line, []).append(label(column) + n)

@@ -111,17 +111,15 @@ old_gpu() {
 # what is under data/ is used, the rest is downloaded or made. Prints their folders and commands, with tabs between.
 prepare() {
   "$PYTHON" -c '
-import contextlib, json, shlex, sys
-from pathlib import Path
+import contextlib, shlex, sys
 import torch
 import corruptions, data, evaluate, train, utils
 
 def finished(args):
     try:
-        config, results = (json.loads(Path(args.out, f"{name}.json").read_bytes()) for name in ("config", "results"))
+        config, results = (utils.read_json(f"{args.out}/{name}.json") for name in ("config", "results"))
         evaluate.check_results(results)
-        free = {*train.MAY_DIFFER, *(train.of_other_methods(args.method) - config.keys())}  # as train.py --resume
-        same = all(k in free or v in (config.get(k), "auto") for k, v in vars(args).items())
+        same = all(vars(args)[key] == "auto" for key in train.differing(vars(args), config))
         return same and results["best"] and results["last"] and results["limit"] is None
     except (OSError, ValueError, LookupError, TypeError):
         return False  # train.py --resume knows what to do
@@ -140,8 +138,7 @@ def main():
     for name in sorted(names):
         with contextlib.redirect_stdout(sys.stderr):
             folder = data.corrupted_folder(data.load_dataset(name, "data").name, "data")
-            files = [*data.CORRUPTIONS, "labels"] + ["gaussian_noise"] * (folder / "generated.json").is_file()
-            if not all((folder / f"{file}.npy").is_file() for file in files):
+            if not data.is_whole(folder):
                 download = name in corruptions.OFFICIAL and not generate
                 corruptions.main(["--dataset", name] + ["--download"] * download)
 

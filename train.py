@@ -241,8 +241,7 @@ def open_run(
         saved = utils.load_checkpoint(last)
         try:
             theirs, log = saved["config"], saved["log"]
-            unknown = of_other_methods(config["method"]) - theirs.keys()  # flags that came with a method added since
-            differ = [k for k in config if k not in (*MAY_DIFFER, *unknown) and theirs.get(k) != config[k]]
+            differ = differing(config, theirs)
             if not differ:
                 f.load_state_dict(saved["model"])
                 sgd.load_state_dict(saved["optimizer"])
@@ -264,6 +263,15 @@ def open_run(
     if rank == 0:
         utils.write_json(folder / "config.json", config)
     return []
+
+
+def differing(config: dict, theirs: dict) -> list[str]:
+    """The keys of `config` that make it another run than that of `theirs`, a config.json.
+
+    A flag that theirs does not know and that only other methods take came with a method added since: it does not.
+    """
+    unknown = of_other_methods(config["method"]) - theirs.keys()
+    return [k for k in config if k not in (*MAY_DIFFER, *unknown) and theirs.get(k) != config[k]]
 
 
 def save_run(

@@ -125,6 +125,17 @@ def test_a_corruption_is_five_severities_and_only_what_is_used_is_read(tmp_path)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024  # KB
 
 
+def test_a_whole_set_has_the_papers_corruptions_and_one_made_here_gaussian_noise_too(tmp_path):
+    for name in (*data.CORRUPTIONS, "labels"):
+        assert not data.is_whole(tmp_path)
+        (tmp_path / f"{name}.npy").touch()
+    assert data.is_whole(tmp_path)
+    (tmp_path / "generated.json").touch()
+    assert not data.is_whole(tmp_path)
+    (tmp_path / "gaussian_noise.npy").touch()
+    assert data.is_whole(tmp_path)
+
+
 def test_the_source_of_a_corrupted_set(tmp_path):
     assert corruption_source("mine", tmp_path) == "unverified"
     (tmp_path / "mine-C").mkdir()

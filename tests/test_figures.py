@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_tables import evaluation, put
 
 import augment
 import corruptions
@@ -16,21 +17,18 @@ from evaluate import check_results
 from figures import MAGNMA, METHODS
 
 
-def write_run(root, accuracy, method="standard", tag="", seed=0, n=5, lambda1=0.2, lambda2=0.3, joint=False):
-    """A run of digits, ResNet-20: corruption k at severity j has the accuracy + k + j - 3, so mCA is accuracy + 8.5."""
-    cell = {"accuracy": accuracy + 20, "rms_calibration_error": 3.0, "rms_calibration_error_adaptive": 3.0}
-    sets = {name: [cell | {"accuracy": accuracy + k + j} for j in range(-2, 3)] for k, name in enumerate(CORRUPTIONS)}
+def write_run(root, accuracy, method="standard", tag="", seed=0, n=5, lambda1=0.2, lambda2=0.3):
+    """A run of digits, ResNet-20: corruption k has the accuracy + k, so mCA is accuracy + 8.5; results.json's path."""
     bins = [[0.0, 0.0, 0.0]] * 14 + [[40.0, 36.0, 30.0], [120.0, 118.0, 90.0 + seed]]
-    best = {"clean": cell, "corruptions": sets, "mca": accuracy + 8.5, "corrupt_rms_calibration_error": 5.0 + seed,
-            "corrupt_rms_calibration_error_adaptive": 9.0, "reliability": {"clean": bins, "corrupt": bins}}  # fmt: skip
-    hparams = {"epochs": 2, "n": n, "lambda1": lambda1, "lambda2": lambda2, "sigma_max": 0.2, "beta": 1.0,
-               "joint": joint}  # fmt: skip
-    run = {"dataset": "digits", "arch": "resnet20", "method": method, "tag": tag, "seed": seed, "limit": None,
-           "hparams": hparams, "data_source": "embedded", "train_images": 1437, "test_images": 360, "amp": "off",
-           "corruption_source": "generated", "evaluation": {"amp": "off"}, "best": best}  # fmt: skip
-    check_results(run)
-    utils.write_json(root / f"{method}-{tag}/seed{seed}/results.json", run)
-    (root / f"{method}-{tag}/seed{seed}/log.csv").write_text("epoch,train_loss,test_accuracy\n1,2.5,\n2,1.5,60\n")
+    sets = {name: accuracy + k for k, name in enumerate(CORRUPTIONS)}
+    best = evaluation(accuracy + 20, corrupt_rmse=5.0 + seed, **sets)
+    best["reliability"] = {"clean": bins, "corrupt": bins}
+    more = {"dataset": "digits", "arch": "resnet20", "tag": tag, "seed": seed, "data_source": "embedded",
+            "corruption_source": "generated", "train_images": 1437, "test_images": 360}  # fmt: skip
+    path = put(root, method, best, more, epochs=2, n=n, lambda1=lambda1, lambda2=lambda2)
+    check_results(utils.read_json(path))
+    path.with_name("log.csv").write_text("epoch,train_loss,test_accuracy\n1,2.5,\n2,1.5,60\n")
+    return path
 
 
 def draw(monkeypatch, *argv):
@@ -67,7 +65,7 @@ def test_published_numbers_are_the_bars_and_markers(monkeypatch):
 
 
 def test_runs_are_drawn_and_panels_without_data_left_out(monkeypatch, tmp_path, capsys):
-    write_run(tmp_path, 50)
+    theirs = utils.read_json(write_run(tmp_path, 50))
     write_run(tmp_path, 52, seed=1)
     write_run(tmp_path, 60, "magnma")
     write_run(tmp_path, 55, "magnma", "noise", lambda2=0)
@@ -75,13 +73,11 @@ def test_runs_are_drawn_and_panels_without_data_left_out(monkeypatch, tmp_path, 
     write_run(tmp_path, 57, "magnma", "l1_0.1-l2_0-s_0.2-b_1", lambda1=0.1, lambda2=0)
     write_run(tmp_path, 58, "magnma", "n_1", n=1)
     write_run(tmp_path, 40, "mixup")
-    theirs = utils.read_json(tmp_path / "standard-/seed0/results.json")
     theirs |= {"method": None, "seed": None, "tag": None, "foreign": theirs.pop("best"), "train_images": None,
                "hparams": {"checkpoint": "their/mixup.pt"}}  # fmt: skip
     utils.write_json(tmp_path / "mixup.pt.results.json", theirs)
-    write_run(tmp_path, 58, "augmix")
-    last = utils.read_json(tmp_path / "augmix-/seed0/results.json")
-    utils.write_json(tmp_path / "augmix-/seed0/results.json", last | {"last": last["best"], "best": None})
+    last = utils.read_json(path := write_run(tmp_path, 58, "augmix"))
+    utils.write_json(path, last | {"last": last["best"], "best": None})
     kept = draw(monkeypatch, str(tmp_path), "--dataset", "digits", "--arch", "resnet20")
     assert {name for name in kept if "6" in name or "8" in name or "cifar" in name} == set()
     printed = capsys.readouterr().out

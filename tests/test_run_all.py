@@ -36,6 +36,7 @@ class load_dataset:
         note("load", name)
         if "OFFLINE" in os.environ: raise OSError(f"no whole {name}")
 def corrupted_folder(name, root): return Path(root, name + "-C")
+def is_whole(folder): return all((folder / f"{name}.npy").is_file() for name in (*CORRUPTIONS, "labels"))
 # corruptions.py
 OFFICIAL = ("cifar10", "cifar100")
 def main(argv):
@@ -47,8 +48,9 @@ def main(argv):
 def check_results(content):
     if "mca" not in content["best"]: raise ValueError("of an older form")
 # train.py
-MAY_DIFFER = ("device", "resume", "out")
-def of_other_methods(method): return {"sigma_max"}
+def differing(config, theirs):
+    free = {"device", "resume", "out"} | ({"sigma_max"} - theirs.keys())
+    return [key for key in config if key not in free and theirs.get(key) != config[key]]
 def parse_args(argv):
     import utils
     parser = utils.Parser()
