@@ -151,6 +151,8 @@ def training(arch: str, recomputed: bool, u8: Tensor, dtype: torch.dtype | None,
     if recomputed:
         recompute(f)
     sgd = torch.optim.SGD(f.parameters(), 1e-3, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=gpu)
+    for p in f.parameters() if gpu else ():  # as train.py: fused, it is uninitialised where the first step is skipped
+        sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
 
     def step(method: str) -> None:

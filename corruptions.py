@@ -484,7 +484,8 @@ def download(folder: Path, url: str, md5: str) -> None:
     try:
         tools.download_and_extract_archive(url, archive.parent, unpacked, archive.name, md5, remove_finished=True)
     except Exception as error:  # the network and the archive can raise nearly anything
-        raise OSError(f"{url} cannot be had ({error}); try again, put that file at {archive}, or have the set made"
+        raise OSError(f"{url} cannot be had ({error}); try again, put that file at {archive} (it is unpacked"
+                      " and removed), or have the set made"
                       " here (without --download; in run_all.sh, with --generate)") from error  # fmt: skip
     utils.write_json(unpacked / folder.name / "official.json", {"url": url, "md5": md5})
     os.replace(unpacked / folder.name, folder)  # the folder appears whole
@@ -493,6 +494,8 @@ def download(folder: Path, url: str, md5: str) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Parse the flags, then write or fetch the folder."""
+    import joblib  # comes with scikit-learn; knows the cores of a job or container, where os counts all
+
     import data
     import utils
 
@@ -501,7 +504,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--dataset", default="cifar10", help="whose test images: cifar10, cifar100, digits or the path of an .npz file")
     add("--data", type=Path, default=Path("data"), help="folder of the data sets; CIFAR-10-C and so on are made in it")
     add("--seed", type=utils.number(int, low=0), default=0, help="of all random draws")
-    add("--workers", type=utils.number(int, low=1), default=os.cpu_count(), help="processes; no pixel depends on it")
+    add("--workers", type=utils.number(int, low=1), default=joblib.cpu_count(),
+        help="processes, by default one for each core that it may use; no pixel depends on it")
     add("--download", action="store_true", help="fetch the official set instead (2.9 GB)")
     args = parser.parse_args(argv)
     if args.download:

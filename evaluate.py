@@ -307,14 +307,15 @@ def print_column(results: dict, which: str) -> None:
     rows += [("mCA of the usual 15", e["mca15"])] if "mca15" in e else []
     for name, cells in e["corruptions"].items():
         rows.append((name.replace("_", " "), np.mean([cell["accuracy"] for cell in cells])))
-    rows += [("RMS calibration error, clean", e["clean"]["rms_calibration_error"])]
-    rows += [("RMS calibration error, corrupt", e["corrupt_rms_calibration_error"])]
+    for suffix, kind in (("", ""), ("_adaptive", ", adaptive")):
+        rows.append((f"RMS calibration error{kind}, clean", e["clean"][f"rms_calibration_error{suffix}"]))
+        rows.append((f"RMS calibration error{kind}, corrupt", e[f"corrupt_rms_calibration_error{suffix}"]))
     limit = f", first {results['limit']} images of each set" if results["limit"] else ""
     name = f"{which}.pt (epoch {e['epoch']})" if e["epoch"] else "weights trained elsewhere"
     print(f"{results['method'] or ''} {results['arch']}, {name}, on {results['dataset']} ({results['data_source']}), "
           f"{results['corruption_source']} corruptions{limit}")  # fmt: skip
     for label, value in rows:
-        print(f"  {label:<32}{value:6.2f}")
+        print(f"  {label:<41}{value:6.2f}")
 
 
 # Results read back, for tables.py and figures.py

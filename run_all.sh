@@ -104,6 +104,8 @@ old_gpu() {
   local found
   found=$(nvidia-smi --query-gpu="driver_version,compute_cap" --format=csv,noheader 2>/dev/null ||
     nvidia-smi --query-gpu="driver_version" --format=csv,noheader 2>/dev/null) || return 1
+  awk -F, '$1 + 0 < 580 && $2 + 0 >= 10 { exit 1 }' <<<"$found" ||
+    die "a GPU of compute capability 10 or more needs an NVIDIA driver from 580 on here; update the driver"
   awk -F, '$1 + 0 < 580 || $2 + 0 < 7.5 { old = 1 } END { exit !old }' <<<"$found"
 }
 

@@ -227,7 +227,11 @@ def test_results_have_their_form(place, capsys):
     assert "mca15" not in results["last"]  # there is no gaussian_noise
     shown = capsys.readouterr().out
     assert "standard resnet20, last.pt (epoch 2), on mine (a test), unverified corruptions, first 3 images" in shown
-    assert f"mCA                             {results['last']['mca']:6.2f}\n" in shown
+    e = results["last"]
+    corrupt, adaptive = e["corrupt_rms_calibration_error"], e["corrupt_rms_calibration_error_adaptive"]
+    for words, value in (("mCA", e["mca"]), ("RMS calibration error, corrupt", corrupt),
+                         ("RMS calibration error, adaptive, corrupt", adaptive)):  # fmt: skip
+        assert f"{words:<41}{value:6.2f}\n" in shown
 
 
 def test_each_checkpoint_is_evaluated_with_its_own_weights(place):
