@@ -150,9 +150,7 @@ def training(arch: str, recomputed: bool, u8: Tensor, dtype: torch.dtype | None,
     f = build_model(arch, 10).to(device, memory_format=torch.channels_last)
     if recomputed:
         recompute(f)
-    sgd = torch.optim.SGD(f.parameters(), 1e-3, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=gpu)
-    for p in f.parameters() if gpu else ():  # as train.py: fused, it is uninitialised where the first step is skipped
-        sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    sgd = utils.optimiser(f, 1e-3, 5e-4)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
 
     def step(method: str) -> None:

@@ -129,7 +129,7 @@ def train(args: argparse.Namespace, dataset: Dataset, device: torch.device, rank
 
     seed(args.seed)
     f = build_model(args.arch, len(dataset.classes)).to(device, memory_format=torch.channels_last)
-    sgd = optimiser(f, args, device)
+    sgd = utils.optimiser(f, args.lr, args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
     log = open_run(folder, about["config"], f, sgd, scaler, rank)
     if args.compile:
@@ -186,17 +186,6 @@ def train(args: argparse.Namespace, dataset: Dataset, device: torch.device, rank
 def learning_rate(lr: float, t: int, epochs: int) -> float:
     """eta_t of Algorithm 1, t = 0 ... epochs - 1: divided by 10 every ceil(epochs / 3) epochs (Sec. 4: 50 of 150)."""
     return lr * 0.1 ** (t // math.ceil(epochs / 3))
-
-
-def optimiser(f: nn.Module, args: argparse.Namespace, device: torch.device) -> torch.optim.SGD:
-    """SGD as in Sec. 4. On a GPU in one fused kernel, which skips a step that overflowed without asking the host."""
-    fused = device.type == "cuda"
-    sgd = torch.optim.SGD(f.parameters(), args.lr, momentum=0.9, nesterov=True, weight_decay=args.weight_decay,
-                          fused=fused)  # fmt: skip
-    if fused:  # it leaves momentum uninitialised where the first step is skipped
-        for p in f.parameters():
-            sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
-    return sgd
 
 
 def add_up_gradients(f: nn.Module, world: int) -> None:
