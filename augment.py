@@ -224,24 +224,30 @@ def gaussian_noise(x: Tensor, sigma_max: float) -> Tensor:
     return x + sigma * torch.randn_like(x)
 
 
-def mixed_augmentation(x: Tensor, beta: float) -> Tensor:
-    """x_a(w) = w x + (1 - w) T_a(x), drawn anew for each image: a ~ U(A), w ~ Beta(beta, beta). [0, 1] -> [0, 1].
+def mixed_augmentation(x: Tensor, beta: float, operations: str = "A") -> Tensor:
+    """x_a(w) = w x + (1 - w) T_a(x), drawn for each image: a ~ U(A), w ~ Beta(beta, beta). [0, 1] -> [0, 1].
 
-    x is (B, 3, S, S); T_a works on the nearest of 256 levels. Raises ValueError unless beta is positive.
+    x is (B, 3, S, S); T_a works on the nearest of 256 levels. operations: "A" draws from the four of the paper's text,
+    "augmix" from AugMix's nine. Raises ValueError for another name, and unless beta is positive.
     """
-    a, v, w = draw_mixed(len(x), beta)
+    a, v, w = draw_mixed(len(x), beta, operations)
     w = w.to(x.device, x.dtype, non_blocking=True).view(-1, 1, 1, 1)
     return in_pieces(mix, x, w, operate(in_pieces(to_levels, x), a, v))
 
 
-def draw_mixed(count: int, beta: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The draws of `mixed_augmentation`, each (count,) on the host: a, an index into A; its level v; w.
+def draw_mixed(count: int, beta: float, operations: str = "A") -> tuple[Tensor, Tensor, Tensor]:
+    """The draws of `mixed_augmentation`, each (count,) on the host: a, an index into OPERATIONS; its level v; w.
 
-    The paper's intensity u ~ U{1..10} is a severity, as in AugMix: the level is v ~ U(0.1, u).
+    The paper's intensity u ~ U{1..10} is a severity, as in AugMix: the level is |v| ~ U(0.1, u). With "augmix" v has a
+    random sign, the direction of the geometric operations.
     """
-    a = torch.randint(0, len(A), (count,))
+    if operations not in ("A", "augmix"):
+        raise ValueError(f"operations must be 'A' or 'augmix', not {operations!r}")
+    a = torch.randint(0, len(A if operations == "A" else OPERATIONS), (count,))
     u = torch.randint(1, 11, (count,))
     v = 0.1 + (u - 0.1) * torch.rand(count, dtype=torch.float64)
+    if operations == "augmix":
+        v = v * (2 * torch.randint(0, 2, (count,)) - 1)
     concentration = torch.tensor(beta, dtype=torch.float64)
     w = torch.distributions.Beta(concentration, concentration).sample((count,))  # refuses beta <= 0
     return a, v, w

@@ -151,7 +151,7 @@ def augmix_loss(f: nn.Module, x: Tensor, y: Tensor, *, jsd_lambda: float, joint:
 
 def magnma_loss(
     f: nn.Module, x: Tensor, y: Tensor, *,
-    lambda1: float, lambda2: float, sigma_max: float, beta: float, n: int, joint: bool = False,
+    lambda1: float, lambda2: float, sigma_max: float, beta: float, n: int, operations: str = "A", joint: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Eq. (6), MAGNMA, and the body of Algorithm 1.
 
@@ -163,7 +163,7 @@ def magnma_loss(
     if n < 1:
         raise ValueError(f"n must be at least 1, not {n}")
     noisy = [gaussian_noise(x, sigma_max) for _ in range(n if lambda1 else 0)]  # x + delta^(k)
-    mixed = [mixed_augmentation(x, beta) for _ in range(n if lambda2 else 0)]  # w x + (1 - w) T_a(x)
+    mixed = [mixed_augmentation(x, beta, operations) for _ in range(n if lambda2 else 0)]  # w x + (1 - w) T_a(x)
     logits, *others = forward(f, x, *noisy, *mixed, joint=joint)
 
     divergence = [kl_divergence(logits, other) for other in others]  # D(p(x) || p(x^(k)))

@@ -64,6 +64,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--sigma-max", type=not_negative, default=0.2, help="largest noise level, on pixels in [0, 1]; of GN too")
     flag("--beta", type=utils.number(float, low=0.01), default=1.0, help="w ~ Beta(beta, beta) mixes x with T_a(x)")
     flag("--n", type=count, default=5, help="samples of each regulariser")
+    flag("--operations", choices=("A", "augmix"), default="A",
+         help="what T_a is drawn from: A, the text's four operations, or AugMix's nine")
     flag = parser.add_argument_group("AT and TRADES, Eq. (2) and (3)").add_argument
     flag("--epsilon", type=not_negative, default=8 / 255, help="l_inf radius, on pixels in [0, 1]; by default 8/255")
     flag("--pgd-steps", type=natural, default=7, help="steps of the attack")
@@ -107,6 +109,7 @@ def default_tag(args: argparse.Namespace) -> str:
         setting = (args.lambda1, args.lambda2, args.sigma_max, args.beta)
         names = {(0.2, 0.3, 0.2, 1.0): "", (0.2, 0.0, 0.2, 1.0): "noise", (0.0, 5.0, 0.2, 1.0): "mix"}
         parts.append(names.get(setting, "l1_{:g}-l2_{:g}-s_{:g}-b_{:g}".format(*setting)))
+        parts.append("nine" if args.operations == "augmix" else "")
         parts.append("" if args.n == 5 else f"n_{args.n}")
     return "-".join(filter(None, [*parts, "joint" if args.joint else ""]))
 
