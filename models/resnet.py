@@ -1,32 +1,32 @@
-"""ResNet-18 (torchvision's, with a 32x32 stem) and the ResNet-20 of He et al. (2016), Sec. 4.2, for CPUs."""
+"""ResNet-18 (torchvision's, with a 32x32 stem) and, for CPUs, ResNet-20 (He et al., 2016)."""
 
 from collections import OrderedDict
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils import import_torchvision
+from utils import torchvision
 
-torchvision = import_torchvision()
 BasicBlock = torchvision.models.resnet.BasicBlock
 
 
 def resnet18(num_classes: int) -> nn.Module:
     """torchvision's ResNet-18 with a 3x3 stride-1 first convolution and no max-pooling.
 
-    (B, 3, 32, 32) -> (B, num_classes); maps of 32, 16, 8, 4 pixels. 11,173,962 parameters for 10 classes.
+    (B, 3, 32, 32) -> (B, num_classes); maps of 32, 16, 8, 4 pixels.
+    11,173,962 parameters for 10 classes.
     """
-    model = torchvision.models.resnet18(num_classes=num_classes)
-    model.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
-    model.maxpool = nn.Identity()
-    return model
+    f = torchvision.models.resnet18(num_classes=num_classes)
+    f.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
+    f.maxpool = nn.Identity()
+    return f
 
 
 class OptionAShortcut(nn.Module):
-    """Option A of He et al.: every second pixel, and zeros for the new channels. No parameters.
+    """Option A of He et al.: every second pixel, with zeros as the new channels. No parameters.
 
-    (B, C, H, W) -> (B, 2C, H/2, W/2). The paper does not say where the zeros go; half before and half after,
-    as CIFAR repositories have it, so that their checkpoints mean the same here.
+    (B, C, H, W) -> (B, 2C, H/2, W/2). Half of the zeros go before the channels and half after, as
+    in CIFAR repositories; He et al. do not say.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -35,9 +35,10 @@ class OptionAShortcut(nn.Module):
 
 
 def resnet20(num_classes: int) -> nn.Module:
-    """ResNet-20 for CIFAR: three stages of three basic blocks with 16, 32, 64 channels, option-A shortcuts.
+    """ResNet-20 for CIFAR (He et al., Sec. 4.2), with option-A shortcuts.
 
-    (B, 3, 32, 32) -> (B, num_classes); maps of 32, 16, 8 pixels. 269,722 parameters for 10 classes.
+    (B, 3, 32, 32) -> (B, num_classes); three stages of three basic blocks with 16, 32, 64 channels
+    and maps of 32, 16, 8 pixels. 269,722 parameters for 10 classes.
     """
 
     def stage(inplanes: int, planes: int, stride: int) -> nn.Sequential:
