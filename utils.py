@@ -1,4 +1,4 @@
-"""What all scripts need: torchvision, device, precision, optimiser, seeds, whole files, one-line errors, provenance."""
+"""What all scripts share: torchvision, device, precision, seeds, files, errors, provenance."""
 
 import argparse
 import hashlib
@@ -13,61 +13,68 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from types import ModuleType
 from typing import IO, NoReturn
 
 import numpy
 import scipy
 import torch
 
+try:
+    import torchvision
+except RuntimeError as error:
+    # PyPI's torchvision is built for CUDA torch. Beside a CPU build of torch its import fails, because
+    # the operators nms and qnms were never declared. Declare them only then: beside a matching
+    # torchvision (every GPU user's) a second declaration aborts the process. Nothing here calls them.
+    if "operator torchvision::nms does not exist" not in str(error):
+        raise
+    for name in [n for n in sys.modules if n.split(".")[0] == "torchvision"]:
+        del sys.modules[name]
+    operators = torch.library.Library(
+        "torchvision", "DEF"
+    )  # kept: they vanish when it is collected
+    operators.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    operators.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    import torchvision  # noqa: F401 - the other modules import it from here
 
-def import_torchvision() -> ModuleType:
-    """Import torchvision, also where its compiled operators do not fit the installed torch.
 
-    PyPI's torchvision is built for CUDA torch; beside a CPU build its import fails because the operators `nms` and
-    `qnms` were never declared. Only then are the two declared (nothing here calls them): beside a matching torchvision
-    a second declaration would abort the process.
-    """
-    try:
-        import torchvision
-    except RuntimeError as error:
-        if "operator torchvision::nms does not exist" not in str(error):
-            raise
-        for name in [n for n in sys.modules if n == "torchvision" or n.startswith("torchvision.")]:
-            del sys.modules[name]
-        library = torch.library.Library("torchvision", "DEF")
-        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        import torchvision
-
-        torchvision._operator_declarations = library  # a Library withdraws its operators when it is collected
-    return torchvision
+class UserError(ValueError):
+    """A mistake that the user can mend: `run_main` prints it as one line, without a traceback."""
 
 
 # Device, precision, optimiser, seeds
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The device for `--device`: `auto` (this process' GPU, else the CPU), `cpu`, `cuda` or `cuda:<index>`.
+    """The device for `--device`: `auto` (a GPU if there is one, else the CPU), `cpu`, `cuda[:<index>]`.
 
-    Raises ValueError for an unknown name, and for a GPU that is not there or that this torch has no kernels for.
+    Under torchrun `auto` and `cuda` are this process' GPU. Raises UserError for an unknown name, a
+    GPU that does not exist, and one that this torch has no kernels for.
     """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu":
         return torch.device("cpu")
+    # Let the allocator grow its blocks: less fragmentation. Read when CUDA starts.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    if name == "auto":
+        return pick_device("cuda" if torch.cuda.is_available() else "cpu")
     if not re.fullmatch(r"cuda(:\d+)?", name):
-        raise ValueError(f"--device {name}: no such device; use auto, cpu, cuda or cuda:<index>")
+        raise UserError(f"--device {name}: unknown device. Use auto, cpu, cuda or cuda:<index>")
     index = int(name[5:] or os.environ.get("LOCAL_RANK", 0))
     if index >= torch.cuda.device_count():
-        raise ValueError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices here; try --device cpu")
+        raise UserError(
+            f"--device {name}: torch sees {torch.cuda.device_count()} GPUs here. Try --device cpu"
+        )
     device = torch.device("cuda", index)
     try:
         torch.cuda.set_device(device)
         torch.ones(1, device=device).add(1).item()
+    except torch.OutOfMemoryError:
+        raise  # run_main has the words for it
     except RuntimeError as error:
-        raise ValueError(f"--device {name}: torch {torch.__version__} does not run on this GPU ({str(error)[:120]});"
-                         " the README names a build for V100s") from None  # fmt: skip
+        raise UserError(
+            f"--device {name}: torch {torch.__version__} does not run on this GPU"
+            f" ({str(error)[:120]}). `bash setup.sh cu126` installs the build for older cards"
+        ) from None
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = False  # `--amp off` means float32
     return device
@@ -76,12 +83,15 @@ def pick_device(name: str = "auto") -> torch.device:
 def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
     """The autocast type for `--amp auto | bf16 | fp16 | off`; None is float32 throughout.
 
-    `auto`: bf16 on GPUs that compute in it (compute capability 8 and up), fp16 on older ones, None on a CPU.
+    `auto`: bf16 on GPUs of compute capability 8 and up, fp16 on older ones, None on a CPU.
+    Raises UserError for fp16 on a CPU, which takes hundreds of times longer there.
     """
+    if amp == "auto" and device.type == "cpu":
+        return None
     if amp == "auto":
-        if device.type == "cpu":
-            return None
         return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+    if amp == "fp16" and device.type == "cpu":
+        raise UserError("--amp fp16 is for GPUs. On a CPU use --amp off, or bf16")
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
 
 
@@ -91,18 +101,20 @@ def amp_name(dtype: torch.dtype | None) -> str:
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager:
-    """Mixed precision for the network.
-
-    Without autocast's cache: before torch 2.11 a weight first cast under no_grad, as TRADES does, lost its gradient.
-    """
-    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype, cache_enabled=False)
+    """Mixed precision for the network; does nothing for dtype None."""
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
 def optimiser(f: torch.nn.Module, lr: float, weight_decay: float) -> torch.optim.SGD:
-    """SGD as in Sec. 4. On a GPU in one fused kernel, which skips a step that overflowed without asking the host."""
+    """SGD with Nesterov momentum 0.9 (Sec. 4).
+
+    On a GPU in one fused kernel, which skips an overflowed step without asking the host.
+    """
     fused = next(f.parameters()).is_cuda
-    sgd = torch.optim.SGD(f.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=weight_decay, fused=fused)
-    if fused:  # it leaves momentum uninitialised where the first step is skipped
+    sgd = torch.optim.SGD(
+        f.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=weight_decay, fused=fused
+    )
+    if fused:  # fused SGD leaves momentum uninitialised if AMP skips the first step
         for p in f.parameters():
             sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
     return sgd
@@ -118,69 +130,75 @@ def seed(*key: object) -> None:
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
-    """A binary file that takes `path`'s place only when the block ends without an error.
+    """Write to a temporary file; rename it to `path` on success.
 
-    Raises OSError naming the file when it cannot be written (a full disk); `path` is then as it was.
+    Raises UserError naming the file if it cannot be written (full disk, no permission); `path` is
+    then unchanged.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and not path.is_file():  # root would replace /dev/null
-            raise OSError("it is no regular file")
+        if path.exists() and not path.is_file():  # never replace a device file such as /dev/null
+            raise OSError("not a regular file")
         with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror or error}; what was there before is kept") from error
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         if temporary.exists():
             temporary.unlink()
 
 
 def write_json(path: str | Path, content: object) -> None:
-    """Write `content` as indented JSON, whole or not at all."""
+    """Write `content` as indented JSON, atomically."""
     with atomic_write(path) as file:
         file.write((json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
 
 
 def read_json(path: str | Path) -> dict:
-    """Read a JSON object. Raises FileNotFoundError, or ValueError naming the file where it is damaged."""
+    """Read a JSON object. Raises UserError if the file is missing, unreadable or damaged."""
     try:
         content = json.loads(Path(path).read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); delete it or write it anew") from None
+        raise UserError(f"{path} is not valid JSON ({error})") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object; delete it or write it anew")
+        raise UserError(f"{path} does not hold a JSON object")
     return content
 
 
 def save_checkpoint(path: str | Path, content: dict) -> None:
-    """torch.save, whole or not at all."""
-    buffer = io.BytesIO()  # torch.save straight to a disk that fills raises a RuntimeError
+    """torch.save, atomically."""
+    buffer = io.BytesIO()  # torch.save straight to a full disk raises a RuntimeError
     torch.save(content, buffer)
     with atomic_write(path) as file:
         file.write(buffer.getbuffer())
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """torch.load of tensors and plain values alone (weights_only), on the CPU.
+    """torch.load of tensors and plain values only (weights_only), on the CPU.
 
-    Raises FileNotFoundError, or ValueError naming the file when it is damaged, holds other objects, or no dict.
+    Raises UserError naming the file if it is missing, unreadable, damaged, or holds other objects.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no checkpoint {path}; train first, or name another file")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged bytes can make torch, zipfile and pickle raise nearly anything
-        if "Unsupported global" in str(error) or "Unsupported class" in str(error):
-            raise ValueError(f"{path} holds more than tensors, which is not read for safety; where it was made, save"
-                             " the state dict alone: torch.save(model.state_dict(), file)") from None  # fmt: skip
-        raise ValueError(f"{path} is damaged, or no checkpoint of torch's; delete it or name another") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except (
+        Exception
+    ) as error:  # damaged bytes can make torch, zipfile and pickle raise nearly anything
+        raise UserError(
+            f"{path} is damaged or not a checkpoint of train.py ({str(error)[:80]})"
+        ) from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a dict of tensors; name another file")
+        raise UserError(
+            f"{path} is not a checkpoint of train.py: it holds a {type(content).__name__}"
+        )
     return content
 
 
@@ -188,7 +206,7 @@ def load_checkpoint(path: str | Path) -> dict:
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Help with the defaults, where there are any and the text does not give them itself."""
+    """Show a flag's default, unless it has none or its help gives it."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         given = action.default is None or action.default is False or "default" in action.help
@@ -196,19 +214,21 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with its errors as ValueError of one line, and the defaults in the help."""
+    """argparse with defaults in the help, a usage line of one line, and no abbreviated flags."""
 
     def __init__(self, **options: object):
         super().__init__(formatter_class=Help, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; --help shows the flags")
+        self.exit(
+            2, f"usage: {self.prog} [flags]; --help lists them\n{self.prog}: error: {message}\n"
+        )
 
 
-def number(kind: type, low: float = -math.inf, above: float = -math.inf) -> Callable:
-    """An argparse type: a finite int or float, at least `low` and greater than `above`."""
+def number(kind: type, low: float = -math.inf, above: float = -math.inf) -> Callable[[str], float]:
+    """An argparse type: a finite int or float that is at least `low` and greater than `above`."""
 
-    def parse(text: str) -> int | float:
+    def parse(text: str) -> float:
         value = kind(text)
         if not low <= value < math.inf or value <= above:  # NaN fails
             wanted = f"above {above:g}" if above > -math.inf else f"at least {low:g}"
@@ -220,20 +240,33 @@ def number(kind: type, low: float = -math.inf, above: float = -math.inf) -> Call
 
 
 def run_main(main: Callable[[], int | None]) -> int:
-    """Run a script's main; the user's mistakes (ValueError, OSError) become one line on stderr and exit code 2.
+    """Run a script's main and return its exit code.
 
-    `python -X dev` shows where they were raised."""
+    UserError and a full GPU: one line on stderr, and 2. Ctrl-C: 130. A closed pipe (`| head`): 0.
+    Other errors propagate with their traceback.
+    """
     script = Path(sys.argv[0]).name
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # an ASCII terminal shows ? for ±
     try:
-        return main() or 0
+        code = main() or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # nothing is left to flush at exit
+        return 0
     except KeyboardInterrupt:
         print(f"{script}: interrupted", file=sys.stderr)
         return 130  # as shells have it: 128 + SIGINT
     except torch.OutOfMemoryError:
-        print(f"{script}: the GPU's memory is full; --recompute or a smaller --batch-size needs less", file=sys.stderr)
-    except (ValueError, OSError) as error:
-        if sys.flags.dev_mode:
-            raise
+        print(
+            f"{script}: the GPU's memory is full. nvidia-smi shows what else uses it",
+            file=sys.stderr,
+        )
+    except UserError as error:
         print(f"{script}: {' '.join(str(error).split())}", file=sys.stderr)
     return 2
 
@@ -242,7 +275,7 @@ def run_main(main: Callable[[], int | None]) -> int:
 
 
 def provenance(device: torch.device) -> dict[str, object]:
-    """What a result depends on besides its flags: "device" in words, "versions" of packages, "commit" of this code."""
+    """What a result depends on besides its flags: "device", "versions" of packages, "commit"."""
     versions = {
         "python": platform.python_version(),
         "torch": str(torch.__version__),  # a plain string: weights_only refuses torch's own type
@@ -254,7 +287,7 @@ def provenance(device: torch.device) -> dict[str, object]:
 
 
 def describe(device: torch.device) -> str:
-    """The card's name, or the processor's and its thread count."""
+    """The card's name, or the processor's with its number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
@@ -263,9 +296,17 @@ def describe(device: torch.device) -> str:
 
 
 def commit() -> str:
-    """The commit of this code, `+changes` after it when tracked files differ; `unknown` outside a git checkout."""
-    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
+    """The commit of this repository, `+changes` after it if tracked files differ, or `unknown`."""
+
+    def git(*words: str) -> str:
+        return subprocess.check_output(
+            ["git", *words], cwd=here, stderr=subprocess.DEVNULL, text=True
+        ).strip()
+
+    here = Path(__file__).resolve().parent
     try:
-        return subprocess.check_output(command, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True).strip()
+        if Path(git("rev-parse", "--show-toplevel")) != here:  # a repository around this folder
+            return "unknown"
+        return git("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
