@@ -1,12 +1,13 @@
-"""What was run; Tables 1-5 from it, beside the published numbers; what the paper's text claims.
+"""The list of all runs, and Tables 1-5 of the paper: our numbers beside the published ones.
 
-    python tables.py runs/                                               # every run found; --csv for a spreadsheet
-    python tables.py runs/ --table 3                                     # ours, the paper's, the difference
-    python tables.py runs/ --table 3 --dataset digits --arch resnet20    # smaller runs in the paper's layout
-    python tables.py runs/ --claims                                      # from the paper's tables, and from our runs
+    python tables.py runs                                    # a row per run, averaged over seeds
+    python tables.py runs --table 3                          # ours, the paper's, the difference
+    python tables.py runs --table 3 --dataset digits --arch resnet20    # smaller runs in its layout
+    python tables.py runs --csv > runs.csv                   # every accuracy and calibration error
 
-Reads every results.json below the folder; one that is damaged or of an older form is named and left out, and the exit
-code is then 1. The published numbers are those of paper/tables.json. All in percent.
+Reads every results.json below the folder. A damaged one is named and left out, and the exit code
+is 1. The published numbers are in paper/tables.json. Everything is in percent; deviations over
+seeds are the population's (divided by n).
 """
 
 import argparse
@@ -14,37 +15,39 @@ import csv
 import json
 import statistics
 import sys
-from collections.abc import Callable
-from contextlib import suppress
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from tabulate import tabulate
 
 import utils
 from data import CORRUPTIONS
-from evaluate import Group, group_runs, read_results
+from utils import UserError
 
 PAPER = utils.read_json(Path(__file__).resolve().parent / "paper" / "tables.json")
-SETS, NETWORKS = ("cifar10", "cifar100"), ("resnet18", "densenet121", "inceptionv3")  # the paper's
+SETS = ("cifar10", "cifar100")
+NETWORKS = ("resnet18", "densenet121", "inceptionv3")
 BASELINES = ("standard", "at", "trades", "rse", "gn", "augmix")
-NOISE, MIX, MAGNMA = "magnma 0.2 0 0.2 1", "magnma 0 5 0.2 1", "magnma 0.2 0.3 0.2 1"  # lambda1 lambda2 sigma_max beta
-SETTINGS = [row.split("/")[2] for row in PAPER["tables"]["5"]]  # MAGNMA's columns; these three are among them
+# MAGNMA's columns and the rows of Table 5: magnma lambda1 lambda2 sigma_max beta
+SETTINGS = [row.split("/")[2] for row in PAPER["tables"]["5"]]
+NOISE, MIX, MAGNMA = "magnma 0.2 0 0.2 1", "magnma 0 5 0.2 1", "magnma 0.2 0.3 0.2 1"
+NINE = " augmix"  # ends a column's name if the mixed copies draw from AugMix's nine operations
 SUMMARY = ("clean", "mca", "clean_rmse", "corrupt_rmse")
-NEVER_RUN = "—"
-ANOTHER = "not shown, its seed is there already"
+SCORES = ("accuracy", "rms_calibration_error", "rms_calibration_error_adaptive")
+NOT_RUN = "—"
 
-# The paper's recipe as NOTES.md reads it, of all runs and of a method
-RECIPE = {
-    "data_source": "official", "corruption_source": "official", "amp": "off", "evaluation_amp": "off", "epochs": 150,
-    "batch_size": 512, "lr": 0.1, "weight_decay": 5e-4, "eval_every": 5, "subset": None, "limit": None, "joint": False,
-}  # fmt: skip
-PGD = {"epsilon": 8 / 255, "pgd_steps": 7, "pgd_step_size": 2.5 * (8 / 255) / 7}
-OWN = {
-    "at": PGD, "trades": PGD | {"trades_lambda": 3}, "rse": {"rse_sigma": 0.1, "rse_samples": 10},
-    "gn": {"sigma_max": 0.2}, "augmix": {"jsd_lambda": 12}, "magnma": {"n": 5},
+FORM = {  # what is read of results.json beside its numbers
+    "": {"departures": dict, "seed": int, "tag": str},
+    "recipe": {
+        "dataset": str, "arch": str, "method": str, "epochs": int, "amp": str, "train_images": int,
+    },
+    "ran": {"data_source": str},
+    "evaluation": {
+        "corruption_source": str, "test_sha256": str, "test_images": int, "amp": str,
+        "limit": int | None,
+    },
 }  # fmt: skip
 
 Place = tuple[str, str, str]  # data set, network, column
@@ -52,7 +55,7 @@ Key = tuple[str, str, str, str]  # data set, network, column, metric
 
 
 class Cell(NamedTuple):
-    """A number in percent; its deviation over seeds is the population's (divided by n), None for one seed."""
+    """A number in percent, and its deviation over seeds (None for one seed)."""
 
     mean: float
     deviation: float | None
@@ -61,13 +64,21 @@ class Cell(NamedTuple):
         return f"{self.mean:.2f}" + ("" if self.deviation is None else f"±{self.deviation:.2f}")
 
 
+class Group(NamedTuple):
+    """Runs that are averaged: they differ in their seed only."""
+
+    shared: dict  # their recipe, tag, and how they were evaluated
+    seeds: dict[int, dict]  # the results.json of each seed
+    repeated: list[Path]  # results of further runs with one of these seeds
+
+
 def label(key: str) -> str:
-    """The paper's name of a data set, network, column or metric, or the key itself."""
+    """The paper's name of a data set, network, column or metric; the key itself if it has none."""
     return PAPER["names"].get(key, key)
 
 
 def published(numbers: str) -> dict[Key, Cell]:
-    """The cells of the paper's Tables `numbers`, row by row."""
+    """All cells of the paper's Tables `numbers`, e.g. "12", row by row."""
     cells = {}
     for number in numbers:
         for row, entries in PAPER["tables"][number].items():
@@ -78,69 +89,153 @@ def published(numbers: str) -> dict[Key, Cell]:
     return cells
 
 
-# A group of runs: its numbers, and what was really run
+# Reading results
 
 
-def evaluations(group: Group, checkpoint: str) -> dict[int | None, dict]:
-    """Each seed's evaluation of best.pt or last.pt. Weights trained elsewhere have one, which stands for both."""
-    found = {seed: run.get("foreign") or run.get(checkpoint) for seed, run in group.seeds.items()}
-    return {seed: evaluation for seed, evaluation in found.items() if evaluation}
+def read_results(root: str | Path) -> tuple[dict[Path, dict], list[str]]:
+    """Every sound results.json below `root` by its path, and one line for each that is left out.
+
+    Raises UserError if there is none.
+    """
+    paths = sorted(Path(root).rglob("results.json"))
+    if not paths:
+        raise UserError(f"no results.json below {root}. Train with train.py, then run evaluate.py")
+    sound, problems = {}, []
+    for path in paths:
+        try:
+            content = utils.read_json(path)
+            check(content)
+            sound[path] = content
+        except UserError as error:
+            problems.append(f"{path} is left out: {error}")
+    return sound, problems
+
+
+def check(content: dict) -> None:
+    """Raise UserError unless `content` is what evaluate.py writes, with numbers that agree."""
+    try:
+        for part, keys in FORM.items():
+            for key, kind in keys.items():
+                if not isinstance((content[part] if part else content)[key], kind):
+                    raise UserError(f"its {key} has the wrong type")
+        entries = [content[which] for which in ("best", "last") if content[which] is not None]
+        if not entries:
+            raise UserError("it holds no evaluation")
+        for e in entries:
+            sets = {name: e["corruptions"][name] for name in CORRUPTIONS} | e["corruptions"]
+            cells = [e["clean"], *(cell for cells in sets.values() for cell in cells)]
+            values = [cell[score] for cell in cells for score in SCORES]
+            values += [e["mca"], *(e[f"corrupt_{score}"] for score in SCORES[1:])]
+            if not all(0 <= value <= 100 for value in values):  # NaN fails
+                raise UserError("one of its numbers is not a percentage")
+            if any(len(cells) != 5 for cells in sets.values()):
+                raise UserError("a corruption does not have 5 severities")
+            mca = np.mean([cell["accuracy"] for name in CORRUPTIONS for cell in sets[name]])
+            if not abs(mca - e["mca"]) < 0.01:
+                raise UserError(
+                    f"its mCA is {e['mca']}, but its 90 accuracies have the mean {mca:.2f}"
+                )
+            if any(np.shape(e["reliability"][kind])[1:] != (3,) for kind in ("clean", "corrupt")):
+                raise UserError("its reliability diagrams do not have 3 numbers per bin")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"it is not of the form that evaluate.py writes now ({error!r})") from None
+
+
+def group_runs(runs: dict[Path, dict]) -> list[Group]:
+    """Group runs by recipe, tag, corruption source, test images, evaluation precision and limit."""
+    groups: dict[str, Group] = {}
+    for path, run in runs.items():
+        evaluation = run["evaluation"]
+        shared = run["recipe"] | {"tag": run["tag"], "evaluation_amp": evaluation["amp"]}
+        shared |= {key: evaluation[key] for key in ("corruption_source", "test_sha256", "limit")}
+        group = groups.setdefault(json.dumps(shared, sort_keys=True), Group(shared, {}, []))
+        if run["seed"] in group.seeds:
+            group.repeated.append(path)
+        else:
+            group.seeds[run["seed"]] = run
+    return list(groups.values())
+
+
+# One group: its numbers, its column, what was done unlike the paper
+
+
+def evaluations(group: Group, checkpoint: str) -> dict[int, dict]:
+    """The evaluation of best.pt or last.pt by seed, where there is one."""
+    return {seed: run[checkpoint] for seed, run in group.seeds.items() if run[checkpoint]}
 
 
 def cells_of(group: Group, checkpoint: str) -> dict[str, Cell]:
-    """Metric -> cell: each corruption's accuracy over its severities, and SUMMARY's."""
+    """Metric -> cell: SUMMARY, and each corruption's accuracy averaged over its severities."""
     values: dict[str, list[float]] = {}
     for e in evaluations(group, checkpoint).values():
-        metrics = {name: statistics.fmean(c["accuracy"] for c in cells) for name, cells in e["corruptions"].items()}
-        metrics |= {"clean": e["clean"]["accuracy"], "clean_rmse": e["clean"]["rms_calibration_error"]}
-        metrics |= {"mca": e["mca"], "corrupt_rmse": e["corrupt_rms_calibration_error"]}
+        metrics = {"clean": e["clean"]["accuracy"], "mca": e["mca"]}
+        metrics["clean_rmse"] = e["clean"]["rms_calibration_error"]
+        metrics["corrupt_rmse"] = e["corrupt_rms_calibration_error"]
+        for name, cells in e["corruptions"].items():
+            metrics[name] = statistics.fmean(cell["accuracy"] for cell in cells)
         for metric, value in metrics.items():
             values.setdefault(metric, []).append(value)
-    return {m: Cell(statistics.fmean(v), statistics.pstdev(v) if len(v) > 1 else None) for m, v in values.items()}
+    deviation = {
+        metric: statistics.pstdev(v) if len(v) > 1 else None for metric, v in values.items()
+    }
+    return {metric: Cell(statistics.fmean(v), deviation[metric]) for metric, v in values.items()}
 
 
-def method_of(group: Group) -> str:
-    """method[-tag], as in the run's folder; of weights trained elsewhere their file's name."""
-    theirs = Path(str(group.shared["hparams"].get("checkpoint"))).name
-    return "-".join(filter(None, (group.shared["method"] or theirs, group.shared["tag"])))
+def method_of(shared: dict) -> str:
+    """method[-tag], as in the run's folder."""
+    return "-".join(filter(None, (shared["method"], shared["tag"])))
 
 
-def place_of(group: Group) -> Place:
-    """Data set, network and column: a baseline's name, one of SETTINGS, or the user's own method[-tag]."""
-    shared, column = group.shared, method_of(group)
+def column_of(group: Group) -> str:
+    """A baseline's name, one of SETTINGS (+ NINE for AugMix's operations), or method[-tag]."""
+    shared = group.shared
     if shared["method"] in BASELINES:
-        column = shared["method"]
+        return shared["method"]
     if shared["method"] == "magnma":
-        setting = [shared["hparams"].get(name) for name in ("lambda1", "lambda2", "sigma_max", "beta")]
-        column = next((s for s in SETTINGS if [float(number) for number in s.split()[1:]] == setting), column)
-    return shared["dataset"], shared["arch"], column
-
-
-def facts(group: Group) -> dict[str, object]:
-    """All that the runs share, hyperparameters among it."""
-    shared = dict(group.shared)
-    return shared.pop("hparams") | shared | {"limit": next(iter(group.seeds.values()))["limit"]}
+        setting = [shared.get(name) for name in ("lambda1", "lambda2", "sigma_max", "beta")]
+        for name in SETTINGS:
+            if [float(number) for number in name.split()[1:]] == setting:
+                mixes_nine = setting[1] > 0 and shared.get("operations") == "augmix"
+                return name + NINE if mixes_nine else name
+    return method_of(shared)
 
 
 def departures(group: Group) -> list[str]:
-    """What departs from the paper's recipe, in words."""
-    found, said = facts(group), []
-    for name, value in (RECIPE | OWN.get(group.shared["method"], {})).items():
-        if found.get(name, value) not in (value, None):  # None: unknown, of weights trained elsewhere
-            said.append(f"{name} {found[name]}" + (f" (paper: {value})" if value else ""))
+    """What was done unlike the paper, in words or as train.py's flags."""
+    shared, run = group.shared, next(iter(group.seeds.values()))
+    found, said = dict(run["departures"]), []
+    if run["ran"]["data_source"] != "official":
+        said.append(f"data: {run['ran']['data_source']}")
+    if shared["corruption_source"] != "official":
+        said.append(f"{shared['corruption_source']} corruptions")
+    if shared["train_images"] != 50000 and "subset" not in found:
+        said.append(f"{shared['train_images']} training images")
+    for name, value in found.items():
+        flag = "--" + name.replace("_", "-")
+        said.append(flag if value is True else f"{flag} {value}")
+    if shared["evaluation_amp"] != "off":
+        said.append(f"evaluated in {shared['evaluation_amp']}")
+    if shared["limit"]:
+        said.append(f"evaluated on the first {shared['limit']} test images")
     return said
 
 
-def telling(groups: list[Group]) -> str:
-    """The facts in which groups differ, with each one's value in their order; the tag only where nothing else does."""
-    found = [facts(group) for group in groups]
-    names = [n for n in dict.fromkeys(n for f in found for n in f) if len({json.dumps(f.get(n)) for f in found}) > 1]
-    names = [name for name in names if name != "tag"] or names
-    return ", ".join(f"{name} {' | '.join(str(f.get(name)) for f in found)}" for name in names)
+def describe_differences(groups: list[Group]) -> str:
+    """What the groups do not share, with their values in order; the tag if nothing else differs."""
+    values: dict[str, list[str]] = {}
+    for name in dict.fromkeys(name for group in groups for name in group.shared):
+        values[name] = [str(group.shared.get(name)) for group in groups]
+        if name.endswith("sha256"):
+            values[name] = [value[:8] for value in values[name]]
+    differ = {name: found for name, found in values.items() if len(set(found)) > 1}
+    differ = {name: found for name, found in differ.items() if name != "tag"} or differ
+    return ", ".join(f"{name} {' | '.join(found)}" for name, found in differ.items())
 
 
-def choose(groups: list[Group], checkpoint: str) -> dict[Place, list[Group]]:
-    """The groups of each place, first the one to show: evaluated, nearest to the paper's recipe, of most seeds."""
+def closest_to_paper(groups: list[Group], checkpoint: str) -> dict[Place, list[Group]]:
+    """The groups of each place. First the one to show: evaluated, fewest departures, most seeds."""
 
     def rank(group: Group) -> tuple[bool, int, int]:
         seeds = len(evaluations(group, checkpoint))
@@ -148,38 +243,66 @@ def choose(groups: list[Group], checkpoint: str) -> dict[Place, list[Group]]:
 
     places: dict[Place, list[Group]] = {}
     for group in sorted(groups, key=rank):
-        places.setdefault(place_of(group), []).append(group)
+        place = group.shared["dataset"], group.shared["arch"], column_of(group)
+        places.setdefault(place, []).append(group)
     return places
 
 
-# The list of all runs
+# The list of all runs, and every number
 
 
-def show_list(groups: list[Group], checkpoint: str, style: str) -> None:
-    """Print a row for each group, and notes; as csv, deviations have columns of their own and notes go to stderr."""
-    about = ["data set", "network", "method", "seeds", "epochs", "precision", "images", "corruptions"]
-    rows, same_place = [], {}
+def print_list(groups: list[Group], checkpoint: str, style: str) -> None:
+    """Print one row per group, and below it what the row cannot say."""
+    about = ["data set", "network", "method", "seeds", "epochs", "precision", "images"]
+    about += ["corruptions"]
+    rows, same_name = [], {}
     for group in groups:
         shared, cells = group.shared, cells_of(group, checkpoint)
-        run = [shared["dataset"], shared["arch"], method_of(group)]
-        same_place.setdefault(" ".join(run), []).append(group)
-        seeds = " ".join(str(seed) for seed in evaluations(group, checkpoint) if seed is not None) or NEVER_RUN
-        precision = "/".join(dict.fromkeys(str(shared[name] or NEVER_RUN) for name in ("amp", "evaluation_amp")))
-        images = f"{shared['train_images'] or NEVER_RUN}/{shared['test_images']}"
-        row = [*run, seeds, str(shared["hparams"].get("epochs", "")), precision, images, shared["corruption_source"]]
-        for metric in SUMMARY:
-            row += cells.get(metric, ("", "")) if style == "csv" else [str(cells.get(metric, NEVER_RUN))]
-        rows.append(row)
-    rows.sort(key=lambda row: row[: len(about)])
-    notes = [f"rows of {whom} differ in {telling(same)}" for whom, same in same_place.items() if len(same) > 1]
-    notes += [f"{ANOTHER}: {path}" for group in groups for path in group.left_out]
-    if style == "csv":
-        header = [*about, *(part for metric in SUMMARY for part in (metric, f"{metric}_deviation"))]
-        csv.writer(sys.stdout, lineterminator="\n").writerows([header, *rows])
-        sys.stderr.writelines(f"tables.py: {note}\n" for note in notes)
-    else:
-        notes.insert(0, f"mean ± population deviation over seeds of {checkpoint}.pt, in percent; training/test images")
-        print(render(style, "Runs", [*about, *SUMMARY], rows, notes, left=len(about)))
+        name = [shared["dataset"], shared["arch"], method_of(shared)]
+        same_name.setdefault(" ".join(name), []).append(group)
+        seeds = " ".join(map(str, sorted(evaluations(group, checkpoint)))) or NOT_RUN
+        precision = "/".join(dict.fromkeys((shared["amp"], shared["evaluation_amp"])))
+        tested = shared["limit"] or next(iter(group.seeds.values()))["evaluation"]["test_images"]
+        images = f"{shared['train_images']}/{tested}"
+        row = [*name, seeds, str(shared["epochs"]), precision, images, shared["corruption_source"]]
+        rows.append([*row, *(str(cells.get(metric, NOT_RUN)) for metric in SUMMARY)])
+    notes = [f"mean ± deviation over seeds of {checkpoint}.pt, in percent; images: training/test"]
+    for name, same in same_name.items():
+        if len(same) > 1:
+            notes.append(f"the rows of {name} differ in {describe_differences(same)}")
+    notes += repeated_notes(groups)
+    header = [*about, *map(label, SUMMARY)]
+    print(render(style, "Runs", header, sorted(rows), notes, left=len(about)))
+
+
+def repeated_notes(groups: list[Group]) -> list[str]:
+    """One line for each results.json that repeats a seed of a group."""
+    paths = [path for group in groups for path in group.repeated]
+    return [f"not shown (another run has this seed): {path}" for path in paths]
+
+
+def print_csv(runs: dict[Path, dict]) -> None:
+    """Tidy CSV: a row for each run, checkpoint, corruption and severity (`clean`: 0)."""
+    writer = None
+    for path, run in runs.items():
+        recipe, evaluation = run["recipe"], run["evaluation"]
+        about = {key: recipe[key] for key in ("dataset", "arch", "method")}
+        about |= {"tag": run["tag"], "seed": run["seed"], "run": path.parent}
+        about |= {"corruption_source": evaluation["corruption_source"]}
+        about |= {"test_images": evaluation["limit"] or evaluation["test_images"]}
+        for which in ("best", "last"):
+            if not run[which]:
+                continue
+            sets = {"clean": [run[which]["clean"]]} | run[which]["corruptions"]
+            for name, cells in sets.items():
+                for severity, cell in enumerate(cells, start=int(name != "clean")):
+                    row = about | {"checkpoint": which, "epoch": run[which]["epoch"]}
+                    row |= {"corruption": name, "severity": severity}
+                    row |= {score: cell[score] for score in SCORES}
+                    if writer is None:
+                        writer = csv.DictWriter(sys.stdout, list(row), lineterminator="\n")
+                        writer.writeheader()
+                    writer.writerow(row)
 
 
 # The paper's layout
@@ -188,315 +311,164 @@ def show_list(groups: list[Group], checkpoint: str, style: str) -> None:
 def table_rows(
     number: str, ours: dict[Key, Cell], swap: dict[str, str]
 ) -> tuple[list[str], list[list[str]], list[Place]]:
-    """(header, lines, places shown): ours, the paper's and, where ours is of its data set and network, the difference.
+    """(header, lines, places): ours, the paper's, and the difference if `swap` leaves the place.
 
-    In Tables 3 and 4 the user's own methods and corruptions follow, as further columns and rows.
+    Tables 3 and 4 get further columns (AugMix's nine operations, the user's own methods) and rows
+    (further corruptions), Table 5 further rows (AugMix's nine operations).
     """
-    rows = [tuple(row.split("/")) for row in PAPER["tables"][number]]  # (data set, network, row's name)
+    rows = [tuple(row.split("/")) for row in PAPER["tables"][number]]  # data set, network, name
     columns = list(next(iter(PAPER["tables"][number].values())))
-    if number in "34":  # of one data set and network
-        here = [key[2:] for key in ours if key[:2] == rows[0][:2]]
-        columns += sorted({column for column, _ in here} - {*columns, *SETTINGS})
-        own = {metric for column, metric in here if column in columns} - {*CORRUPTIONS, *SUMMARY}
-        rows += [(*rows[0][:2], metric) for metric in sorted(own)]
+    place = rows[0][:2]  # the only one of Tables 3, 4 and 5
+    here = dict.fromkeys(key[2:] for key in ours if key[:2] == place)
+    found = dict.fromkeys(column for column, _ in here)
+    if number == "5":
+        rows += [(*place, setting + NINE) for setting in SETTINGS if setting + NINE in found]
+    if number in "34":
+        columns += [column for column in (MIX + NINE, MAGNMA + NINE) if column in found]
+        of_table_5 = {name for setting in SETTINGS for name in (setting, setting + NINE)}
+        columns += sorted(found.keys() - of_table_5 - {*columns})
+        further = {metric for column, metric in here if column in columns}
+        rows += [(*place, metric) for metric in sorted(further - {*CORRUPTIONS, *SUMMARY})]
 
-    def names(dataset: str, arch: str, name: str) -> list[str]:
-        if number in "12":
-            return [label(arch), label(dataset) + ("" if name.startswith("clean") else "-C")]
-        return [f"({', '.join(name.split()[1:])})" if number == "5" else label(name)]
-
-    theirs, lines, places = published(number), [], {}
+    paper, lines, places = published(number), [], {}
     for dataset, arch, name in rows:
         keys = [(dataset, arch, *((name, c) if number == "5" else (c, name))) for c in columns]
         places |= dict.fromkeys(key[:3] for key in keys)
-        pairs = [(ours.get(key), theirs.get(key)) for key in keys]
+        pairs = [(ours.get(key), paper.get(key)) for key in keys]
         ran = swap.get(dataset, dataset), swap.get(arch, arch)
-        first = names(*ran, name)
-        below = names(dataset, arch, name) if number in "12" and ran != (dataset, arch) else [""] * len(first)
-        lines.append([*first, "ours", *(str(a or NEVER_RUN) for a, _ in pairs)])
+        first = row_head(number, *ran, name)
+        below = [""] * len(first)
+        lines.append([*first, "ours", *(str(a or NOT_RUN) for a, _ in pairs)])
+        if number in "12" and ran != (dataset, arch):
+            below = row_head(number, dataset, arch, name)
         if any(b for _, b in pairs):
-            lines.append([*below, "paper", *(str(b or NEVER_RUN) for _, b in pairs)])
+            lines.append([*below, "paper", *(str(b or NOT_RUN) for _, b in pairs)])
         if ran == (dataset, arch) and any(a and b for a, b in pairs):
-            away = [f"{round(a.mean, 2) - b.mean:+z.2f}" if a and b else NEVER_RUN for a, b in pairs]
+            away = [f"{round(a.mean, 2) - b.mean:+z.2f}" if a and b else NOT_RUN for a, b in pairs]
             lines.append([*below, "difference", *away])
-    first = ["Network", "Test set"] if number in "12" else ["Parameters" if number == "5" else "Corruption"]
-    return [*first, "", *map(label, columns)], lines, list(places)
+    head = {"1": ["Network", "Test set"], "2": ["Network", "Test set"], "5": ["Parameters"]}
+    return [*head.get(number, ["Corruption"]), "", *map(label, columns)], lines, list(places)
 
 
-def notes_on(placed: dict[Place, list[Group]], checkpoint: str) -> list[str]:
-    """What must be known beside our numbers in a table: what was really run, and what is not shown."""
+def row_head(number: str, dataset: str, arch: str, name: str) -> list[str]:
+    """A row's first cells: network and test set, or parameters, or the corruption."""
+    if number in "12":
+        return [label(arch), label(dataset) + ("" if name.startswith("clean") else "-C")]
+    if number == "5":
+        setting = f"({', '.join(name.removesuffix(NINE).split()[1:])})"
+        return [setting + ", nine" if name.endswith(NINE) else setting]
+    return [label(name)]
+
+
+def table_notes(placed: dict[Place, list[Group]], checkpoint: str) -> list[str]:
+    """What was done unlike the paper, by the columns that it holds for, and what is not shown."""
     if not placed:
-        return ["ours: no run of these data sets and networks yet; --dataset and --arch put others in their place"]
-    about, further = {}, []
+        return ["no runs of these data sets and networks. Name others with --dataset and --arch"]
+    columns_of, further = {}, []
+    several = len({place[:2] for place in placed}) > 1
     for (dataset, arch, column), (shown, *others) in placed.items():
-        several = len({place[:2] for place in placed}) > 1
         whom = label(column) + (f" ({label(arch)}, {label(dataset)})" if several else "")
         said, seeds = departures(shown), len(evaluations(shown, checkpoint))
-        if shown.shared["method"] is None:
-            said.append("trained elsewhere")
-        elif seeds < 3:
-            said.append(f"{seeds} of the paper's 3 seeds" if seeds else f"{checkpoint}.pt was not evaluated")
+        if seeds < 3:
+            said.append(f"{seeds} of 3 seeds" if seeds else f"{checkpoint}.pt not evaluated")
+        if checkpoint == "best" and len(evaluations(shown, "last")) < seeds:
+            said.append("last.pt not evaluated")
         for text in said:
-            about.setdefault(text, []).append(whom)
+            columns_of.setdefault(text, []).append(whom)
         for other in others:
-            numbers = " ".join(str(seed) for seed in other.seeds if seed is not None)
-            further.append(f"{whom} was also run with (shown | not shown) {telling([shown, other])}"
-                           + (f"; seeds {numbers}" if numbers else ""))  # fmt: skip
-    notes = [f"ours: mean ± population deviation over seeds of {checkpoint}.pt"]
-    notes += [f"{text}: {'all' if len(whom) == len(placed) else ', '.join(whom)}" for text, whom in about.items()]
-    return notes + further + [f"{ANOTHER}: {path}" for shown, *_ in placed.values() for path in shown.left_out]
+            different = describe_differences([shown, other])
+            seeds = " ".join(map(str, sorted(other.seeds)))
+            further.append(f"{whom}, further runs (shown | not shown): {different}; seeds {seeds}")
+    texts_of: dict[str, list[str]] = {}
+    for text, whom in columns_of.items():
+        who = "all" if len(whom) == len(placed) else ", ".join(whom)
+        texts_of.setdefault(who, []).append(text)
+    notes = [f"ours: mean ± deviation over seeds of {checkpoint}.pt"]
+    notes += [f"{who}: {'; '.join(texts)}" for who, texts in texts_of.items()]
+    return notes + further + repeated_notes([shown for shown, *_ in placed.values()])
 
 
-# What the text claims
-
-SLACK = 1.0  # points that our gain may fall short of a stated one: some three deviations of Table 3's mCA
-NOISES = ("impulse_noise", "shot_noise", "speckle_noise")
-BLURS = ("contrast", "defocus_blur", "gaussian_blur", "glass_blur", "motion_blur", "zoom_blur")
-
-# where it stands, over how many networks the mean is, metric, column, its rival, points stated on CIFAR-10, CIFAR-100
-STATED = (
-    ("Sec. 4", 1, "mca", MAGNMA, "standard", "13.6", "16.7"),
-    ("Sec. 7.4", 1, "mca", MAGNMA, "standard", None, "13.6"),
-    ("Sec. 4", 1, "mca", "augmix", "standard", "11.9", None),
-    ("Sec. 4", 1, "mca", NOISE, "standard", "9.3", "10.8"),
-    ("Sec. 4", 1, "mca", MIX, "standard", "11.8", "14.0"),
-    ("Sec. 4", 3, "mca", MAGNMA, "standard", "13.0", "16.9"),
-    ("Sec. 4", 3, "corrupt_rmse", MAGNMA, "standard", "15.4", "16.2"),
-    ("Sec. 4", 3, "corrupt_rmse", MAGNMA, "augmix", "2.81", "4.73"),
-)
-# where it stands, claim, columns of which one leads, their rivals
-BEST = (
-    ("Sec. 4", "MAGNMA best for most corruptions", (MAGNMA,), (*BASELINES, NOISE, MIX)),
-    ("Sec. 4", "the same, its ablations left out", (MAGNMA,), BASELINES),
-    ("Sec. 4", "the same, its ablations counted as MAGNMA", (MAGNMA, NOISE, MIX), BASELINES),
-)
-# where it stands, claim, number of networks, metrics, column, its rivals, least lead in points, failures allowed
-AHEAD = (
-    ("Fig. 5, 6", "MAGNMA's mCA above every baseline's", 1, ["mca"], MAGNMA, BASELINES, 0, 0),
-    ("Sec. 4", "MAGNMA's mCA above either ablation's", 1, ["mca"], MAGNMA, (NOISE, MIX), 0, 0),
-    ("Sec. 4", "MAGNMA keeps clean accuracy, to a point", 1, ["clean"], MAGNMA, ["standard"], -1, 0),
-    ("Sec. 4", "AT and TRADES lose more than a point of it", 1, ["clean"], "standard", ["at", "trades"], 1, 0),
-    ("Sec. 4", "noise only improves on Standard on noise", 1, NOISES, NOISE, ["standard"], 0, 0),
-    ("Sec. 4", "mix only improves on Standard on blur and contrast", 1, BLURS, MIX, ["standard"], 0, 0),
-    ("Sec. 4", "noise only leads mix only on noise", 1, NOISES, NOISE, [MIX], 0, 0),
-    ("Sec. 4", "mix only leads noise only on blur and contrast", 1, BLURS, MIX, [NOISE], 0, 0),
-    ("Fig. 2", "largest mCA, but for one at most", 3, ["mca"], MAGNMA, ["standard", "augmix"], 0, 1),
-    ("Fig. 3", "smallest Corrupt RMSE", 3, ["corrupt_rmse"], MAGNMA, ["standard", "augmix"], 0, 0),
-    ("Table 1", "RMSE below Standard's", 3, ["clean_rmse", "corrupt_rmse"], MAGNMA, ["standard"], 0, 0),
-    ("Table 1", "RMSE below AugMix's", 3, ["clean_rmse", "corrupt_rmse"], MAGNMA, ["augmix"], 0, 0),
-    ("Table 2", "mCA above AugMix's by 0.5 (a moderate gain)", 3, ["mca"], MAGNMA, ["augmix"], 0.5, 0),
-)
-
-Cells = dict[Key, Cell]
-Finding = tuple[str, str]  # what the numbers say; holds, in part, does not hold or cannot say
-
-
-def gain(cells: Cells, dataset: str, arch: str, metric: str, column: str, over: str) -> float:
-    """By how many points `column` is better than `over`: accuracy gained, calibration error lost.
-
-    Raises KeyError for what was not run, as all below do.
-    """
-    points = cells[dataset, arch, column, metric].mean - cells[dataset, arch, over, metric].mean
-    return -points if metric.endswith("rmse") else points
-
-
-def stated_gain(
-    dataset: str, networks: int, metric: str, column: str, over: str, stated: str, exact: bool, cells: Cells
-) -> Finding:
-    """The mean gain rounds to the stated one (exact), or falls short of it by SLACK at most; in part: is above 0."""
-    mean = statistics.fmean(gain(cells, dataset, arch, metric, column, over) for arch in NETWORKS[:networks])
-    if exact:
-        half = 0.5 * 10.0 ** -len(stated.split(".")[1])
-        return f"{mean:.2f}", "holds" if abs(mean - float(stated)) <= half + 1e-9 else "does not hold"
-    return f"{mean:.2f}", "holds" if mean >= float(stated) - SLACK else "in part" if mean > 0 else "does not hold"
-
-
-def leads_most(dataset: str, own: tuple[str, ...], rivals: tuple[str, ...], cells: Cells) -> Finding:
-    """One of `own` alone has the best accuracy, at two decimals, in more than half of the 18 corruptions."""
-    alone = tied = 0
-    for name in CORRUPTIONS:
-        means = {column: round(cells[dataset, "resnet18", column, name].mean, 2) for column in (*own, *rivals)}
-        lead = max(means[column] for column in own) - max(means[column] for column in rivals)
-        alone, tied = alone + (lead > 0), tied + (lead == 0)
-    return f"alone in {alone} of 18, tied in {tied}", "holds" if alone > 9 else "does not hold"
-
-
-def ahead(
-    dataset: str, networks: int, metrics: tuple[str, ...], column: str, rivals: tuple[str, ...], least: float,
-    may_fail: int, cells: Cells,
-) -> Finding:  # fmt: skip
-    """`column` is better than all rivals by more than `least` points, in all metrics on all networks, but `may_fail`.
-
-    Those that fail are named. Where some were not run, it can already fail but not hold.
-    """
-    wanted, gains = list(product(NETWORKS[:networks], metrics, rivals)), {}
-    for arch, metric, over in wanted:
-        with suppress(KeyError):
-            gains[arch, metric, over] = gain(cells, dataset, arch, metric, column, over)
-    if not gains:
-        raise KeyError
-    failed = [f"{label(metric)} over {label(over)} {points:+.2f}" + (f" ({label(arch)})" if networks > 1 else "")
-              for (arch, metric, over), points in gains.items() if points <= least]  # fmt: skip
-    said = "; ".join([f"{len(gains) - len(failed)} of {len(gains)}", *failed])
-    if len(failed) > may_fail:
-        return said, "does not hold"
-    missing = len(wanted) - len(gains)
-    return (f"{said}; {missing} not run", "cannot say") if missing else (said, "holds")
-
-
-def within_deviation(dataset: str, cells: Cells) -> Finding:
-    """Where AugMix is ahead of MAGNMA on a corruption, it is so by no more than the larger deviation of the two."""
-    beyond = []
-    for name in CORRUPTIONS:
-        theirs, ours = (cells[dataset, "resnet18", column, name] for column in ("augmix", MAGNMA))
-        if theirs.deviation is None or ours.deviation is None:
-            return "one seed has no deviation", "cannot say"
-        lead = theirs.mean - ours.mean
-        if lead > max(theirs.deviation, ours.deviation) + 1e-9:
-            beyond.append(f"{label(name)} {lead:+.2f}")
-    return "; ".join([f"{18 - len(beyond)} of 18", *beyond]), "does not hold" if beyond else "holds"
-
-
-def insensitive(metric: str, cells: Cells) -> Finding:
-    """The metric spreads by a point at most within each group of Table 5: noise only, mix only, both."""
-    groups: dict[tuple[bool, bool], list[float]] = {}
-    for setting in SETTINGS:
-        _, lambda1, lambda2, *_ = setting.split()
-        mean = cells["cifar10", "resnet18", setting, metric].mean
-        groups.setdefault((lambda1 == "0", lambda2 == "0"), []).append(mean)
-    spreads = [max(values) - min(values) for values in groups.values()]
-    return "; ".join(f"{s:.2f}" for s in spreads), "holds" if max(spreads) <= 1 else "does not hold"
-
-
-def claims(exact: bool) -> list[tuple[str, str, Callable[[Cells], Finding]]]:
-    """(where it stands in the paper, the claim in words, its check); exact where the numbers are the paper's own."""
-    found = []
-    for k, dataset in enumerate(SETS):
-        of = f"{label(dataset)}: "
-        for where, networks, metric, column, over, *points in STATED:
-            words = f"{label(metric)} of {label(column)} better than {label(over)}'s by {points[k]}"
-            words += ", mean of 3 networks" if networks == 3 else ""
-            check = partial(stated_gain, dataset, networks, metric, column, over, points[k], exact)
-            found += [(where, of + words, check)] if points[k] else []
-        found += [(where, of + words, partial(leads_most, dataset, *how)) for where, words, *how in BEST]
-        found.append(("Sec. 4", of + "AugMix ahead within the deviation only", partial(within_deviation, dataset)))
-        found += [(where, of + words, partial(ahead, dataset, *how)) for where, words, *how in AHEAD]
-    for metric in SUMMARY:
-        words = f"Table 5: {label(metric)} does not change significantly (spread: noise; mix; both)"
-        found.append(("Sec. 7.4", words, partial(insensitive, metric)))
-    return found
-
-
-def claim_rows(ours: Cells) -> tuple[list[str], list[list[str]]]:
-    """(header, rows) of --claims: the claim, what the paper's own tables say, what our runs say."""
-    theirs, table5, rows = published("1234"), published("5"), []
-    for (where, words, check), (_, _, check_ours) in zip(claims(exact=True), claims(exact=False), strict=True):
-        row = [where, words, *check(table5 if "Table 5" in words else theirs)]
-        try:
-            said, verdict = check_ours(ours)
-        except KeyError:
-            said, verdict = "not all run", "cannot say"
-        rows.append([*row, said, {"holds": "supports", "does not hold": "contradicts"}.get(verdict, verdict)])
-    slips = [f"{label(key[2])} {label(key[3])} {theirs[key].mean:.2f} and {cell.mean:.2f}"
-             for key, cell in table5.items() if key in theirs and theirs[key] != cell]  # fmt: skip
-    agree = ["Tables", "1, 3 and 5 agree on the same runs", "; ".join(slips), "does not hold" if slips else "holds"]
-    return ["Where", "Claim", "The paper's tables", "Verdict", "Our runs", "Verdict"], [*rows, [*agree, NEVER_RUN, ""]]
-
-
-def comparable(placed: dict[Place, list[Group]]) -> tuple[dict[Place, list[Group]], list[str]]:
-    """The places whose runs were made and evaluated as MAGNMA's (else the first there); a line for each other place."""
-    kept, notes, first = {}, [], {}
-    for place, groups in sorted(placed.items(), key=lambda item: item[0][2] != MAGNMA):
-        found = facts(groups[0])
-        wanted = first.setdefault(place[:2], found)
-        both = found.keys() & wanted.keys()
-        away = [name for name in (*RECIPE, "train_images", "processes") if name in both and found[name] != wanted[name]]
-        if away:
-            notes.append(f"not compared, since run otherwise ({', '.join(away)}): {', '.join(map(label, place))}")
-        else:
-            kept[place] = groups
-    return kept, notes
+def print_table(number: str, args: argparse.Namespace, places: dict[Place, list[Group]]) -> None:
+    """Print Table `number`, the runs of --dataset and --arch in the place of the paper's."""
+    swap = {"cifar100" if number == "4" else "cifar10": args.dataset, "resnet18": args.arch}
+    swap = {paper: ours for paper, ours in swap.items() if ours not in (None, paper)}
+    placed = {}
+    for dataset, arch in product(SETS, NETWORKS):
+        ran = swap.get(dataset, dataset), swap.get(arch, arch)
+        for place, groups in places.items():
+            if place[:2] == ran:
+                placed[dataset, arch, place[2]] = groups
+    cells = {
+        (*place, metric): cell
+        for place, groups in placed.items()
+        for metric, cell in cells_of(groups[0], args.checkpoint).items()
+    }
+    header, lines, shown = table_rows(number, cells, swap)
+    placed = {place: placed[place] for place in shown if place in placed}
+    moved = [f"{label(ours)} in place of {label(paper)}" for paper, ours in swap.items()]
+    title = PAPER["titles"][number] + (f"; ours: {', '.join(moved)}" if moved else "")
+    notes = table_notes(placed, args.checkpoint)
+    print(render(args.format, title, header, lines, notes, left=header.index("") + 1))
 
 
 # The command line
 
 
-def render(style: str, title: str, header: list[str], rows: list[list[str]], notes: list[str], left: int) -> str:
-    """A table with its title and notes as text, github or latex; the first `left` columns are left-aligned."""
-    width = 40 if left == len(header) and style == "text" else None  # prose is broken into lines
-    body = tabulate(rows, header, tablefmt="simple" if style == "text" else style, disable_numparse=True,
-                    colalign=["left"] * left + ["right"] * (len(header) - left), maxcolwidths=width)  # fmt: skip
+def render(
+    style: str, title: str, header: list[str], rows: list[list[str]], notes: list[str], left: int
+) -> str:
+    """A table with title and notes: text, github or latex. The first `left` columns align left."""
+    tablefmt = {"text": "simple", "github": "github", "latex": "latex_booktabs"}[style]
+    colalign = ["left"] * left + ["right"] * (len(header) - left)
+    body = tabulate(rows, header, tablefmt, disable_numparse=True, colalign=colalign)
     above, before = {"text": ("", "  "), "github": ("### ", "- "), "latex": ("% ", "% ")}[style]
     return "\n".join([above + title, "", body, "", *(before + note for note in notes), ""])
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags. Raises ValueError naming the flag that is wrong."""
-    parser = utils.Parser(description="A list of all runs; the paper's tables from them; what its text claims.")
+    """The flags, `dataset` as the name that a run has."""
+    parser = utils.Parser(description="A list of all runs, and the paper's tables from them.")
     flag = parser.add_argument
-    flag("runs", nargs="?", help="the folder below which every results.json is read; by default runs")
-    flag("--table", choices=(*PAPER["tables"], "all"), help="in the paper's layout, beside its numbers")
-    flag("--claims", action="store_true", help="what the text claims, from the paper's own tables and from our runs")
-    flag("--dataset", help="its runs take CIFAR-10's place (in Table 4, CIFAR-100's); in the list, its runs alone")
-    flag("--arch", help="its runs take ResNet-18's place; in the list, its runs alone")
-    flag("--checkpoint", choices=("best", "last"), default="best", help="which evaluation; the paper's is best")
-    flag("--format", choices=("text", "github", "latex"), default="text", help="of the list, tables and claims")
-    flag("--csv", action="store_true", help="the list as CSV, to stdout")
+    flag("runs", nargs="?", default="runs", help="the folder to read every results.json of")
+    flag(
+        "--table",
+        choices=(*PAPER["tables"], "all"),
+        help="a table of the paper, beside its numbers",
+    )
+    flag("--dataset", help="shown in place of CIFAR-10 (Table 4: CIFAR-100); in the list, alone")
+    flag("--arch", help="shown in place of ResNet-18; in the list, alone")
+    flag("--checkpoint", choices=("best", "last"), default="best", help="the paper reports best")
+    flag("--format", choices=("text", "github", "latex"), default="text", help="latex: booktabs")
+    flag("--csv", action="store_true", help="every number of both checkpoints, one per row")
     args = parser.parse_args(argv)
-    if args.csv and (args.table or args.claims):
-        raise ValueError("--csv is for the list of runs, not for --table or --claims")
-    args.dataset = args.dataset and Path(args.dataset).name.removesuffix(".npz")
+    if args.csv and args.table:
+        parser.error("--csv and --table exclude each other")
+    if args.dataset and args.dataset.lower().endswith(".npz"):
+        args.dataset = Path(args.dataset).stem
     return args
 
 
-def show(number: str | None, args: argparse.Namespace, places: dict[Place, list[Group]]) -> None:
-    """Print Table `number`, or the claims (None)."""
-    swap = {"cifar100" if number == "4" else "cifar10": args.dataset, "resnet18": args.arch}
-    swap = {theirs: ours for theirs, ours in swap.items() if ours not in (None, theirs)}
-    placed, notes = {}, []
-    for dataset, arch in product(SETS, NETWORKS):
-        ran = swap.get(dataset, dataset), swap.get(arch, arch)
-        placed |= {(dataset, arch, place[2]): groups for place, groups in places.items() if place[:2] == ran}
-    if number is None:
-        placed, notes = comparable(placed)
-    cells = {}
-    for place, groups in placed.items():
-        cells |= {(*place, metric): cell for metric, cell in cells_of(groups[0], args.checkpoint).items()}
-    if number:
-        title = PAPER["titles"][number]
-        header, rows, shown = table_rows(number, cells, swap)
-        placed = {place: placed[place] for place in shown if place in placed}
-        left = header.index("") + 1
-    else:
-        title = "What the paper's text claims"
-        header, rows = claim_rows(cells)
-        left = len(header)
-    moved = ", ".join(f"{label(ours)} in the place of {label(theirs)}" for theirs, ours in swap.items())
-    title += f"; ours: {moved}" if moved else ""
-    print(render(args.format, title, header, rows, notes_on(placed, args.checkpoint) + notes, left))
-
-
 def main(argv: list[str] | None = None) -> int:
+    """Print what the flags ask for. Exit code 1 if a results.json was left out."""
     args = parse_args(argv)
-    try:
-        found, problems = read_results(args.runs or "runs")
-    except FileNotFoundError:
-        if args.runs or not args.claims:
-            raise
-        found, problems = {}, []  # the paper's own tables need no run
-    groups = listed = group_runs(found)
-    for flag, name in (("dataset", args.dataset), ("arch", args.arch)):
-        there = sorted({group.shared[flag] for group in groups})
-        if name and name not in there:
-            raise ValueError(f"--{flag} {name}: no such run; there are runs of {', '.join(there) or 'none'}")
-        listed = [group for group in listed if name in (None, group.shared[flag])]
-    if found and not listed:
-        raise ValueError(f"no run is of both --dataset {args.dataset} and --arch {args.arch}")
-    numbers = list(PAPER["tables"]) if args.table == "all" else [args.table] if args.table else []
-    for number in numbers + [None] * args.claims:
-        show(number, args, choose(groups, args.checkpoint))
-    if listed and not numbers and not args.claims:
-        show_list(listed, args.checkpoint, "csv" if args.csv else args.format)
+    runs, problems = read_results(args.runs)
+    for key, name in (("dataset", args.dataset), ("arch", args.arch)):
+        found = sorted({run["recipe"][key] for run in runs.values()})
+        if name and runs and name not in found:
+            raise UserError(f"--{key} {name}: no such run. There are runs of {', '.join(found)}")
+    wanted = {"dataset": args.dataset, "arch": args.arch}
+    wanted = {key: name for key, name in wanted.items() if name}
+    listed = {path: run for path, run in runs.items() if wanted.items() <= run["recipe"].items()}
+    if runs and not listed:
+        raise UserError(f"no run is of both --dataset {args.dataset} and --arch {args.arch}")
+    if args.table:
+        places = closest_to_paper(group_runs(runs), args.checkpoint)
+        for number in PAPER["tables"] if args.table == "all" else [args.table]:
+            print_table(number, args, places)
+    elif args.csv:
+        print_csv(listed)
+    elif listed:
+        print_list(group_runs(listed), args.checkpoint, args.format)
     for problem in problems:
         print(f"tables.py: {problem}", file=sys.stderr)
     return 1 if problems else 0
