@@ -1,17 +1,19 @@
-"""Evaluation as in Sec. 4: clean accuracy, 18 corruptions at 5 severities, mCA, RMS calibration error.
+"""Evaluation (Sec. 4): clean accuracy, 18 corruptions at 5 severities, mCA, RMS calibration error.
 
-    python evaluate.py runs/cifar10/densenet121/magnma/seed0                       # best.pt and last.pt of a run
-    python evaluate.py --checkpoint theirs.pt --arch resnet18 --dataset cifar10    # a plain state dict of others
+    python evaluate.py runs/cifar10/densenet121/magnma/seed0     # best.pt and last.pt of a run
+    python evaluate.py RUN --clean                               # no corrupted set needed
+    python evaluate.py RUN --dataset path/to/cifar10.1.npz --clean --out cifar10.1.json
 
-Writes results.json into the run's folder and prints the paper's Table 3 column. Every other <name>.npy in the corrupted
-set's folder, gaussian_noise or one of your own, becomes a further row, outside mCA.
+Writes results.json into the run's folder and prints the columns of the paper's Table 3. Every other
+<name>.npy in the corrupted set's folder, gaussian_noise or your own, is a further row, outside mCA.
+
+From Python, any network f from images in [0, 1] to logits:
+
+    evaluate(f, load_dataset("cifar10", "data"), "data")["mca"]
 """
 
 import argparse
-import json
 import sys
-import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,53 +22,50 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import data
 import utils
-from data import CORRUPTIONS, Dataset, check_folder, corrupted_folder, corruption_source, load_corrupted, load_dataset
-from losses import of_other_methods
-from models import ARCHS, build_model, match_state_dict
-
-transforms = utils.import_torchvision().transforms
+from data import CORRUPTIONS, Dataset, load_corrupted, load_dataset
+from losses import eval_mode
+from models import build_model
+from utils import UserError
 
 SEVERITIES = (1, 2, 3, 4, 5)
 N_BINS = 16
-FIFTEEN = (  # over which AugMix and RobustBench report their mean
-    "gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "snow",
-    "frost", "fog", "brightness", "contrast", "elastic_transform", "pixelate", "jpeg_compression",
-)  # fmt: skip
-# what results.json says of a run beside its hparams
-NOT_HPARAMS = ("dataset", "arch", "method", "seed", "tag", "amp", "data_source", "train_images")
-FORM = {"dataset": str, "arch": str, "method": str | None, "tag": str | None, "seed": int | None, "hparams": dict,
-        "data_source": str, "corruption_source": str, "train_images": int | None, "test_images": int,
-        "limit": int | None, "amp": str | None, "evaluation": dict}  # of results.json  # fmt: skip
-WHERE_IT_RAN = ("data", "device", "compile", "recompute", "out", "resume")  # flags that do not change what is trained
 
 
 # Calibration
 
 
 def rms_calibration_error(
-    confidence: np.ndarray | Tensor, correct: np.ndarray | Tensor, n_bins: int = N_BINS, adaptive: bool = False
+    confidence: np.ndarray | Tensor,
+    correct: np.ndarray | Tensor,
+    n_bins: int = N_BINS,
+    adaptive: bool = False,
 ) -> float:
-    """RMS calibration error in [0, 1] (Sec. 4): sqrt(sum_i |B_i|/n (accuracy of B_i - mean confidence of B_i)^2).
+    """RMS calibration error in [0, 1] (Sec. 4): sqrt(sum_i |B_i|/n (accuracy - mean confidence)^2).
 
-    confidence in [0, 1] and correct of 0/1, of one shape. Bins are (k/n_bins, (k+1)/n_bins]; adaptive, n_bins apart:
-    sorted by confidence, groups of 100, the remainder joined to the last. Raises ValueError for empty, NaN or
-    out-of-range input.
+    confidence in [0, 1] and correct, 0 or 1, of one shape. The bins are (k/n_bins, (k+1)/n_bins];
+    adaptive: sorted by confidence, groups of 100, the remainder joined to the last.
+    Raises ValueError for empty, NaN or out-of-range input.
     """
     confidence, correct = (
         torch.as_tensor(values, dtype=torch.float64, device="cpu").detach().numpy().ravel()
         for values in (confidence, correct)
     )
     if len(confidence) == 0 or len(confidence) != len(correct):
-        raise ValueError(f"calibration needs as many confidences as outcomes, not {len(confidence)} and {len(correct)}")
-    if not ((confidence >= 0) & (confidence <= 1)).all() or not ((correct == 0) | (correct == 1)).all():  # NaN fails
-        raise ValueError("a confidence is not a number in [0, 1], or an outcome neither 0 nor 1")
+        raise ValueError(
+            f"{len(confidence)} confidences and {len(correct)} outcomes; expected N and N"
+        )
+    if not ((confidence >= 0) & (confidence <= 1)).all():  # NaN fails
+        raise ValueError("a confidence is not a number in [0, 1]")
+    if not ((correct == 0) | (correct == 1)).all():
+        raise ValueError("an outcome is neither 0 nor 1")
     if n_bins < 1:
-        raise ValueError(f"calibration needs at least one bin, not {n_bins}")
+        raise ValueError(f"n_bins must be at least 1, not {n_bins}")
     if adaptive:
-        bins = np.empty(len(confidence), dtype=np.int64)
+        bins, rank = np.empty(len(confidence), dtype=np.int64), np.arange(len(confidence))
         groups = max(1, len(confidence) // 100)
-        bins[np.argsort(confidence, kind="stable")] = np.minimum(np.arange(len(confidence)) // 100, groups - 1)
+        bins[np.argsort(confidence, kind="stable")] = np.minimum(rank // 100, groups - 1)
     else:
         bins = bin_of(confidence, n_bins)
     gap, size = np.bincount(bins, weights=correct - confidence), np.bincount(bins)
@@ -74,7 +73,7 @@ def rms_calibration_error(
 
 
 def bin_of(confidence: np.ndarray, n_bins: int = N_BINS) -> np.ndarray:
-    """The index k of the bin (k/n_bins, (k+1)/n_bins] that holds each confidence; 0 falls into the first."""
+    """The index k of each confidence's bin (k/n_bins, (k+1)/n_bins]; 0 falls into the first."""
     return np.searchsorted(np.arange(1, n_bins) / n_bins, confidence, side="left")
 
 
@@ -82,7 +81,9 @@ def reliability(confidence: np.ndarray, correct: np.ndarray) -> list[list[float]
     """[count, sum of confidences, number correct] of each bin, for a reliability diagram."""
     confidence = confidence.ravel().astype(np.float64)
     columns = (np.ones(confidence.size), confidence, correct.ravel().astype(np.float64))
-    return np.stack([np.bincount(bin_of(confidence), weights=w, minlength=N_BINS) for w in columns], axis=1).tolist()
+    bins = bin_of(confidence)
+    sums = [np.bincount(bins, weights=w, minlength=N_BINS) for w in columns]
+    return np.stack(sums, axis=1).tolist()
 
 
 def scores(confidence: np.ndarray, correct: np.ndarray) -> dict[str, float]:
@@ -90,7 +91,8 @@ def scores(confidence: np.ndarray, correct: np.ndarray) -> dict[str, float]:
     return {
         "accuracy": 100 * float(np.mean(correct)),
         "rms_calibration_error": 100 * rms_calibration_error(confidence, correct),
-        "rms_calibration_error_adaptive": 100 * rms_calibration_error(confidence, correct, adaptive=True),
+        "rms_calibration_error_adaptive": 100
+        * rms_calibration_error(confidence, correct, adaptive=True),
     }
 
 
@@ -99,299 +101,267 @@ def scores(confidence: np.ndarray, correct: np.ndarray) -> dict[str, float]:
 
 @torch.no_grad()
 def predict(
-    f: nn.Module, images_u8: Tensor, *, dtype: torch.dtype | None = None, noise_sigma: float = 0.0, samples: int = 1
+    f: nn.Module,
+    images_u8: Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    batch_size: int | None = None,
+    noise_sigma: float = 0.0,
+    samples: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """(confidence float32 (N,), predicted class int64 (N,)) on the CPU, for images uint8 (N, 3, 32, 32).
+    """(confidence float32 (N,), predicted class int64 (N,)) on the CPU, for uint8 (N, 3, 32, 32).
 
-    f in eval mode, its own mode as before at the end; softmax in float32. With noise_sigma > 0 the probabilities are
-    the mean over `samples` draws of N(0, noise_sigma^2 I) on the input (RSE, below Eq. (4)).
+    f in eval mode, on its own device, in autocast's `dtype`; softmax in float32. With noise_sigma
+    the probabilities are the mean over `samples` draws of N(0, noise_sigma^2 I) on the input (RSE,
+    below Eq. (4)).
     """
-    device = next(f.parameters()).device
-    training = f.training
-    f.eval()
-    confidence, prediction = [], []
-    for batch in images_u8.split(2500 if device.type == "cuda" else 250):  # 250 stay in a CPU's cache
-        x = batch.to(device).float() / 255
-        p = torch.zeros(())
-        for _ in range(samples):
-            noise = noise_sigma * torch.randn_like(x) if noise_sigma > 0 else 0.0
-            with utils.autocast(device, dtype):
-                logits = f(x + noise)
-            p = F.softmax(logits.float(), dim=1) / samples + p
-        best = p.max(dim=1)
-        confidence.append(best.values)
-        prediction.append(best.indices)
-    f.train(training)
-    return torch.cat(confidence).clamp(max=1).cpu(), torch.cat(prediction).cpu()
+    device = next((p.device for p in f.parameters()), torch.device("cpu"))
+    size = batch_size or (2500 if device.type == "cuda" else 250)  # 250 stay in a CPU's cache
+    best = []
+    with eval_mode(f):
+        for batch in images_u8.split(size):
+            x, p = batch.to(device).float() / 255, 0.0
+            for _ in range(samples):
+                noise = noise_sigma * torch.randn_like(x) if noise_sigma > 0 else 0.0
+                with utils.autocast(device, dtype):
+                    logits = f(x + noise)
+                p = p + F.softmax(logits.float(), dim=1) / samples
+            best.append(p.max(dim=1))
+    confidence = torch.cat([b.values for b in best]).clamp(max=1)  # a mean can exceed 1 by rounding
+    return confidence.cpu(), torch.cat([b.indices for b in best]).cpu()
 
 
 def evaluate(
-    f: nn.Module, dataset: Dataset, root: str, config: dict, dtype: torch.dtype | None, limit: int | None
+    f: nn.Module,
+    dataset: Dataset,
+    root: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    limit: int | None = None,
+    batch_size: int | None = None,
+    clean_only: bool = False,
+    seed: int = 0,
+    noise_sigma: float = 0.0,
+    samples: int = 1,
 ) -> dict:
-    """One entry of results.json ("best", "last" or "foreign"), in percent.
+    """Test a network from images in [0, 1] to logits, clean and corrupted. Numbers in percent.
 
-    mCA = 1/(MJ) sum_m sum_j A_mj over the paper's M = 18 corruptions and J = 5 severities. The corrupt calibration
-    errors are of the predictions on all 90 sets together. `limit`: the first N images of each set. Raises ValueError or
-    FileNotFoundError where the corrupted set is not whole.
+    root: the folder that holds CIFAR-10-C and the like. limit: only the first N images of each set.
+    seed: of RSE's draws; noise_sigma and samples as in `predict`. The result has the keys
+
+        clean          accuracy, rms_calibration_error, rms_calibration_error_adaptive
+        corruptions    {name: these three for each of 5 severities}
+        mca            1/(MJ) sum_m sum_j A_mj over the paper's M = 18 corruptions, J = 5 severities
+        corrupt_rms_calibration_error, corrupt_rms_calibration_error_adaptive
+                       of the predictions on these 90 sets together
+        reliability    {clean, corrupt}: [count, sum of confidences, number correct] of 16 bins
+
+    clean_only: `clean` and its reliability alone; needs no corrupted set. Raises UserError if the
+    corrupted set is incomplete or belongs to other images.
     """
     labels = dataset.test_labels[:limit]
-    rse = config.get("method") == "rse"
-    ensemble = {"noise_sigma": config["rse_sigma"], "samples": config["rse_samples"]} if rse else {}
 
     def run(images: Tensor, *key: object) -> tuple[np.ndarray, np.ndarray]:
-        utils.seed(config.get("seed", 0), *key)  # RSE's draws
-        confidence, prediction = predict(f, images[:limit], dtype=dtype, **ensemble)
+        utils.seed(seed, *key)
+        confidence, prediction = predict(
+            f,
+            images[:limit],
+            dtype=dtype,
+            batch_size=batch_size,
+            noise_sigma=noise_sigma,
+            samples=samples,
+        )
         return confidence.numpy(), (prediction == labels).numpy()
 
-    further = sorted(p.stem for p in corrupted_folder(dataset.name, root).glob("*.npy"))
-    names = [*CORRUPTIONS, *(name for name in further if name not in (*CORRUPTIONS, "labels"))]
-    sets = {name: load_corrupted(dataset.name, root, name) for name in names}  # all there before the first is predicted
-    for name, images in sets.items():
-        if images.shape[1] != len(dataset.test_images):
-            raise ValueError(f"{name}.npy holds {images.shape[1]} images a severity, not {len(dataset.test_images)}")
+    names = (
+        [] if clean_only else data.check_corrupted(dataset, root)
+    )  # found out before minutes of work
     clean = run(dataset.test_images, "clean")
+    result = {"clean": scores(*clean), "reliability": {"clean": reliability(*clean)}}
+    if clean_only:
+        return result
     confidence, correct = ({name: [] for name in names} for _ in range(2))
-    with tqdm(total=len(names) * len(SEVERITIES), desc="corrupted sets", unit="set", disable=None) as bar:
+    with tqdm(total=5 * len(names), desc="corrupted sets", unit="set", disable=None) as bar:
         for name in names:
-            for severity in SEVERITIES:
-                c, k = run(sets[name][severity - 1], name, severity)
+            for severity, images in zip(
+                SEVERITIES, load_corrupted(dataset.name, root, name), strict=True
+            ):
+                c, k = run(images, name, severity)
                 confidence[name].append(c)
                 correct[name].append(k)
                 bar.update()
-    pooled = [np.array([values[name] for name in CORRUPTIONS]) for values in (confidence, correct)]  # (18, 5, N)
-    errors = scores(*pooled)
-    fifteen = {"mca15": 100 * float(np.mean([correct[name] for name in FIFTEEN]))} if "gaussian_noise" in names else {}
+    pooled = [np.array([sets[name] for name in CORRUPTIONS]) for sets in (confidence, correct)]
+    errors = scores(*pooled)  # of (18, 5, N) predictions
     return {
-        "clean": scores(*clean),
+        "clean": result["clean"],
         "corruptions": {name: list(map(scores, confidence[name], correct[name])) for name in names},
         "mca": errors["accuracy"],
-        **fifteen,
         "corrupt_rms_calibration_error": errors["rms_calibration_error"],
         "corrupt_rms_calibration_error_adaptive": errors["rms_calibration_error_adaptive"],
-        "reliability": {"clean": reliability(*clean), "corrupt": reliability(*pooled)},
+        "reliability": result["reliability"] | {"corrupt": reliability(*pooled)},
     }
 
 
-# What is evaluated
+# A run's checkpoints
 
 
-def load_run(folder: Path) -> dict[str, dict]:
-    """The checkpoints of a finished run, {"best": ..., "last": ...}.
+def load_run(folder: Path) -> dict[str, dict | None]:
+    """{"best": ..., "last": ...}, the checkpoints of a finished run; None for a lost one.
 
-    Raises FileNotFoundError for a run without them, ValueError where it is unfinished or they are not train.py's."""
-    saved = {which: utils.load_checkpoint(folder / f"{which}.pt") for which in ("best", "last")}
-    try:
-        for content in saved.values():
-            for key in ("epochs", *NOT_HPARAMS):
-                content["config"][key]
-        done, epochs, _ = saved["last"]["epoch"], saved["last"]["config"]["epochs"], saved["last"]["log"]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{folder} holds no checkpoints of train.py ({error} is missing); train again") from None
-    if done < epochs:
-        raise ValueError(f"{folder} is unfinished ({done} of {epochs} epochs); train with --resume")
+    Raises UserError for a folder that is not a run's, a damaged checkpoint, and an unfinished run.
+    """
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} is not a run folder: it has no config.json. train.py makes them")
+    saved = dict.fromkeys(("best", "last"))
+    for which in saved:
+        path = folder / f"{which}.pt"
+        if path.exists():
+            saved[which] = utils.load_checkpoint(path)
+            if not {"recipe", "seed", "epoch", "model"} <= saved[which].keys():
+                raise UserError(f"{path} was not written by this version of train.py. Train again")
+    if not any(saved.values()):
+        raise UserError(f"{folder} has no checkpoint yet. Train with the same flags and --resume")
+    if saved["last"] and saved["last"]["epoch"] < saved["last"]["recipe"]["epochs"]:
+        done, epochs = saved["last"]["epoch"], saved["last"]["recipe"]["epochs"]
+        raise UserError(f"{folder} is unfinished ({done} of {epochs} epochs). Train with --resume")
     return saved
 
 
-def load_weights(path: Path, arch: str, num_classes: int, state: dict) -> nn.Module:
-    """The network with the weights of `state`, a state dict or a dict that holds one under a usual key.
-
-    Raises ValueError naming the file and what does not fit."""
-    f = build_model(arch, num_classes)
-    for key in ("model", "state_dict", "net", "model_state_dict"):
-        state = state[key] if isinstance(state.get(key), dict) else state
-    try:
-        f.load_state_dict(match_state_dict(f, state))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    return f
+def network_of(checkpoint: dict, device: torch.device) -> nn.Module:
+    """The network that a checkpoint of train.py holds."""
+    recipe = checkpoint["recipe"]
+    f = build_model(recipe["arch"], recipe["classes"])
+    f.load_state_dict(checkpoint["model"])
+    return f.to(device, memory_format=torch.channels_last)
 
 
 # The command line
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags. Raises ValueError naming the flag that is wrong."""
-    parser = utils.Parser(description="Clean and corrupted accuracy and calibration of a run, or of others' weights.")
+    """The flags. Wrong flags end the program with a line and exit code 2."""
+    parser = utils.Parser(description="Clean and corrupted accuracy and calibration of a run.")
     flag = parser.add_argument
-    flag("run", nargs="?", help="a run's folder, as train.py wrote it")
-    flag("--checkpoint", help="a plain state dict trained elsewhere, instead of a run")
-    flag("--arch", choices=ARCHS, help="with --checkpoint: its network")
-    flag("--dataset", help="with --checkpoint: its data set, as in train.py; by default cifar10")
-    flag("--mean", type=utils.number(float), nargs=3, help="with --checkpoint: its normalisation; none by default")
-    flag("--std", type=utils.number(float, above=0), nargs=3, help="with --checkpoint: its normalisation")
-    flag("--data", default="data", help="the folder of the data sets and of CIFAR-10-C, CIFAR-100-C, DIGITS-C")
-    flag("--only", choices=("best", "last"), help="this checkpoint of the run alone")
-    flag("--limit", type=utils.number(int, low=1), help="the first N test images of each set alone")
+    flag("run", help="a run's folder, written by train.py")
+    flag("--dataset", help="another test set, or where the run's own .npz is now; as in train.py")
+    flag("--data", default="data", help="folder of the data sets and their corrupted sets")
+    flag("--only", choices=("best", "last"), help="only this checkpoint")
+    flag("--clean", action="store_true", help="only the clean test set")
+    flag("--limit", type=utils.number(int, low=1), help="only the first N images of each set")
     flag("--device", default="auto", help="auto, cpu, cuda or cuda:<index>")
-    flag("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision, as in train.py;"
-         " auto: float32 for weights trained so or elsewhere")
-    flag("--out", help="the file for the results; by default results.json in the run, or <checkpoint>.results.json")
-    args = parser.parse_args(argv)
-    if (args.run is None) == (args.checkpoint is None):
-        raise ValueError("name a run's folder or --checkpoint FILE, one of the two")
-    if args.checkpoint and not args.arch:
-        raise ValueError("--checkpoint needs --arch, the network that the weights are of")
-    if (args.mean is None) != (args.std is None):
-        raise ValueError("--mean and --std go together")
-    if args.run and (args.arch or args.dataset or args.mean):
-        raise ValueError("--arch, --dataset, --mean and --std are for --checkpoint; a run's folder says them itself")
-    if args.checkpoint and args.only:
-        raise ValueError("--only is for a run's folder; --checkpoint is one file")
-    args.dataset = args.dataset or "cifar10"
-    return args
+    flag(
+        "--amp",
+        choices=utils.AMP,
+        default="auto",
+        help=f"{utils.AMP_HELP}; off for runs in float32",
+    )
+    flag("--out", help="the file to write; by default results.json in the run's folder")
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    device = utils.pick_device(args.device)
-    start = time.monotonic()
-    if args.run:
-        folder = Path(args.run)
-        if not (folder / "config.json").is_file():
-            what = "is a file" if folder.is_file() else "has no config.json" if folder.is_dir() else "is not there"
-            raise ValueError(f"{folder} is no run's folder: it {what}; name one that train.py wrote")
-        saved = load_run(folder)
-        config, trained = saved["last"]["config"], sum(row["seconds"] for row in saved["last"]["log"])
-        paths, out = {which: folder / f"{which}.pt" for which in saved}, folder / "results.json"
-    else:
-        saved, trained = {"foreign": utils.load_checkpoint(args.checkpoint)}, 0.0
-        config = {key: vars(args)[key] for key in ("dataset", "arch", "checkpoint", "mean", "std")}
-        paths, out = {"foreign": Path(args.checkpoint)}, Path(f"{args.checkpoint}.results.json")
-    single = args.amp == "auto" and config.get("amp", "off") == "off"
-    dtype = utils.amp_dtype("off" if single else args.amp, device)
-    dataset = load_dataset(config["dataset"], args.data)
-    if args.limit is not None and args.limit > len(dataset.test_images):
-        raise ValueError(f"--limit {args.limit}: {dataset.name} has {len(dataset.test_images)} test images")
-    out = Path(args.out or out)
-    if (args.only or args.limit) and not args.out and out.exists():
-        raise ValueError(f"{out} is there already, and may hold more; delete it, or name another file with --out")
-    check_folder(dataset, args.data)
+    folder, device = Path(args.run), utils.pick_device(args.device)
+    saved = load_run(folder)
+    for which in [which for which in saved if not saved[which]]:
+        print(f"{folder}: {which}.pt is lost; evaluating the other", file=sys.stderr)
+    wanted = [w for w in saved if saved[w] and args.only in (None, w)]
+    if not wanted:
+        raise UserError(f"--only {args.only}: {folder / args.only}.pt is lost. Leave --only out")
+    run = saved[wanted[0]]
+    recipe = run["recipe"]
 
-    entries, by_epoch = dict.fromkeys(saved), {}
-    for which, content in saved.items():
-        if args.run and args.only not in (None, which):
+    dataset = load_dataset(args.dataset or run["ran"]["dataset"], args.data, need_train=False)
+    own = data.data_sha256(dataset) == recipe["data_sha256"]
+    if not own and not args.dataset:
+        raise UserError(
+            f"{run['ran']['dataset']} does not hold the images that {folder} was trained on."
+            " Name their file with --dataset"
+        )
+    if not own and len(dataset.classes) != recipe["classes"]:
+        raise UserError(
+            f"--dataset {args.dataset} has {len(dataset.classes)} classes, not the run's"
+            f" {recipe['classes']}"
+        )
+    if args.limit is not None and args.limit > len(dataset.test_images):
+        images = len(dataset.test_images)
+        raise UserError(f"--limit {args.limit}: {dataset.name} has {images} test images")
+
+    out = args.out and Path(args.out)
+    if own and not args.clean and not args.limit and not args.out:
+        out = folder / "results.json"
+        if args.only and out.exists():
+            out = None  # it may hold both checkpoints
+    if out:
+        utils.make_folder(out.parent)
+
+    dtype = utils.amp_dtype(
+        "off" if args.amp == "auto" and recipe["amp"] == "off" else args.amp, device
+    )
+    ensemble = {}
+    if recipe["method"] == "rse":
+        ensemble = {"noise_sigma": recipe["rse_sigma"], "samples": recipe["rse_samples"]}
+    entries = dict.fromkeys(saved)
+    for which in wanted:
+        other = entries["best"]
+        if other and other["epoch"] == saved[which]["epoch"]:  # the best epoch was the last
+            entries[which] = other
             continue
-        epoch = content["epoch"] if args.run else None
-        if epoch not in by_epoch:  # best.pt and last.pt may be of one epoch
-            f = load_weights(paths[which], config["arch"], len(dataset.classes), content)
-            f = nn.Sequential(transforms.Normalize(args.mean, args.std), f) if args.mean else f
-            f = f.to(device, memory_format=torch.channels_last)
-            by_epoch[epoch] = {"epoch": epoch} | evaluate(f, dataset, args.data, config, dtype, args.limit)
-        entries[which] = by_epoch[epoch]
-    seconds = time.monotonic() - start
-    about = saved["last"] if args.run else {}
+        entries[which] = {"epoch": saved[which]["epoch"]} | evaluate(
+            network_of(saved[which], device),
+            dataset,
+            args.data,
+            dtype=dtype,
+            limit=args.limit,
+            clean_only=args.clean,
+            seed=run["seed"],
+            **ensemble,
+        )
     results = {
-        "dataset": dataset.name,
-        **{key: config.get(key) for key in ("arch", "method", "tag", "seed")},
-        "hparams": {key: value for key, value in config.items() if key not in NOT_HPARAMS},
-        "data_source": dataset.source,
-        "corruption_source": corruption_source(dataset.name, args.data),
-        "train_images": config.get("train_images"),
-        "test_images": args.limit or len(dataset.test_images),
-        "limit": args.limit,
-        "amp": config.get("amp"),
-        **{key: about.get(key) for key in ("device", "versions", "commit")},
-        "evaluation": {"amp": utils.amp_name(dtype), **utils.provenance(device)},
-        "evaluation_seconds": round(seconds, 1),
-        "wall_seconds": round(seconds + trained, 1),
+        **{key: run[key] for key in ("recipe", "departures", "seed", "tag", "ran")},
+        "evaluation": {
+            "corruption_source": None
+            if args.clean
+            else data.corruption_source(dataset.name, args.data),
+            "test_sha256": data.images_sha256(dataset.test_images),
+            "test_images": args.limit or len(dataset.test_images),
+            "amp": utils.amp_name(dtype),
+            "limit": args.limit,
+            **utils.provenance(device),
+        },
         **entries,
     }
-    print_column(results, next(which for which in ("best", "last", "foreign") if results.get(which)))
-    utils.write_json(out, results)
+    if out:
+        utils.write_json(out, results)
+    print_columns(results, dataset)
+    print(f"written to {out}" if out else "not written to a file; --out FILE writes it")
 
 
-def print_column(results: dict, which: str) -> None:
-    """Print an evaluation as the paper's Table 3 column: percent, a corruption's mean over severities a row."""
-    e = results[which]
-    rows = [("Clean", e["clean"]["accuracy"]), ("mCA", e["mca"])]
-    rows += [("mCA of the usual 15", e["mca15"])] if "mca15" in e else []
-    for name, cells in e["corruptions"].items():
-        rows.append((name.replace("_", " "), np.mean([cell["accuracy"] for cell in cells])))
+def print_columns(results: dict, dataset: Dataset) -> None:
+    """Print the evaluated checkpoints as columns of the paper's Table 3, in percent."""
+    columns = {which: results[which] for which in ("best", "last") if results[which]}
+    recipe, evaluation = results["recipe"], results["evaluation"]
+    print(f"{recipe['method']} {recipe['arch']}, trained on {recipe['dataset']}, tested on"
+          f" {evaluation['test_images']} images of {dataset.name} ({dataset.source}),"
+          f" {evaluation['corruption_source'] or 'no'} corruptions")  # fmt: skip
+    heads = [f"{which}.pt, epoch {e['epoch']}" for which, e in columns.items()]
+    print(f"{'':<35}" + "".join(f"{head:>20}" for head in heads))
+
+    def row(label: str, values: list[float]) -> None:
+        print(f"{label:<35}" + "".join(f"{value:20.2f}" for value in values))
+
+    entries = list(columns.values())
+    row("clean accuracy", [e["clean"]["accuracy"] for e in entries])
+    if "mca" in entries[0]:
+        row("mCA", [e["mca"] for e in entries])
+        for name in entries[0]["corruptions"]:
+            cells = [e["corruptions"][name] for e in entries]
+            row(name.replace("_", " "), [np.mean([c["accuracy"] for c in five]) for five in cells])
     for suffix, kind in (("", ""), ("_adaptive", ", adaptive")):
-        rows.append((f"RMS calibration error{kind}, clean", e["clean"][f"rms_calibration_error{suffix}"]))
-        rows.append((f"RMS calibration error{kind}, corrupt", e[f"corrupt_rms_calibration_error{suffix}"]))
-    limit = f", first {results['limit']} images of each set" if results["limit"] else ""
-    name = f"{which}.pt (epoch {e['epoch']})" if e["epoch"] else "weights trained elsewhere"
-    print(f"{results['method'] or ''} {results['arch']}, {name}, on {results['dataset']} ({results['data_source']}), "
-          f"{results['corruption_source']} corruptions{limit}")  # fmt: skip
-    for label, value in rows:
-        print(f"  {label:<41}{value:6.2f}")
-
-
-# Results read back, for tables.py and figures.py
-
-
-def read_results(root: str | Path) -> tuple[dict[Path, dict], list[str]]:
-    """Every sound results.json below `root` by its path, and a line for each that is damaged or of an older form.
-
-    Raises FileNotFoundError where there is no such folder, or no results.json below it.
-    """
-    paths = sorted(Path(root).rglob("*results.json"))  # of weights trained elsewhere it is <checkpoint>.results.json
-    if not paths:
-        raise FileNotFoundError(f"no results.json below {root}; train.py, then evaluate.py write one a run")
-    sound, problems = {}, []
-    for path in paths:
-        try:
-            content = utils.read_json(path)
-            check_results(content)
-            sound[path] = content
-        except (OSError, ValueError) as error:
-            problems.append(f"{path} is left out: {error}")
-    return sound, problems
-
-
-def check_results(content: dict) -> None:
-    """Raise ValueError unless `content` has the form that this script writes, with percentages that fit each other."""
-    try:
-        for key, kind in FORM.items():
-            if not isinstance(content[key], kind):
-                raise ValueError(f"its {key} is of another type")
-        entries = [content[which] for which in ("best", "last", "foreign") if content.get(which) is not None]
-        if not entries:
-            raise ValueError("it holds no evaluation")
-        for e in entries:
-            sets = {name: e["corruptions"][name] for name in CORRUPTIONS} | e["corruptions"]
-            cells = [e["clean"], *(cell for cells in sets.values() for cell in cells)]
-            pooled = [e[f"corrupt_rms_calibration_error{kind}"] for kind in ("", "_adaptive")]
-            kinds = ("accuracy", "rms_calibration_error", "rms_calibration_error_adaptive")  # as `scores` has them
-            values = [e["mca"], *pooled, *(cell[kind] for cell in cells for kind in kinds)]
-            if not all(0 <= value <= 100 for value in values):  # NaN fails, and text
-                raise ValueError("a number is no percentage")
-            if any(len(cells) != len(SEVERITIES) for cells in sets.values()):
-                raise ValueError("a corruption has not 5 severities")
-            mca = np.mean([cell["accuracy"] for name in CORRUPTIONS for cell in sets[name]])
-            if not abs(mca - e["mca"]) < 0.01:
-                raise ValueError(f"its mCA is {e['mca']}, but its 90 accuracies have the mean {mca:.2f}")
-            if any(np.shape(e["reliability"][kind]) != (N_BINS, 3) for kind in ("clean", "corrupt")):
-                raise ValueError(f"its reliability diagrams have not {N_BINS} bins of 3 numbers")
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"it is of an older or another form ({error}); evaluate the run again") from None
-
-
-@dataclass(frozen=True)
-class Group:
-    """Runs that differ by nothing but their seed: what they share, and the content of each seed's results.json."""
-
-    shared: dict  # dataset, arch, method, tag, hparams, data_source, corruption_source, amp, ... as in results.json
-    seeds: dict[int, dict]
-    left_out: list[Path]  # further runs of a seed that is there already
-
-
-def group_runs(runs: dict[Path, dict]) -> list[Group]:
-    """Sort runs into groups; runs of different data, precision or hyperparameters are never in one."""
-    groups: dict[str, Group] = {}
-    for path, content in runs.items():
-        keys = ("dataset", "arch", "method", "tag", "data_source", "corruption_source", "train_images", "test_images",
-                "amp")  # fmt: skip
-        shared = {key: content[key] for key in keys} | {"evaluation_amp": content["evaluation"].get("amp")}
-        without = {*WHERE_IT_RAN, *of_other_methods(content["method"])}
-        shared["hparams"] = {k: v for k, v in content["hparams"].items() if k not in without}
-        group = groups.setdefault(json.dumps(shared, sort_keys=True), Group(shared, {}, []))
-        if content["seed"] in group.seeds:
-            group.left_out.append(path)
-        else:
-            group.seeds[content["seed"]] = content
-    return list(groups.values())
+        error = f"rms_calibration_error{suffix}"
+        row(f"RMS calibration error{kind}, clean", [e["clean"][error] for e in entries])
+        if "mca" in entries[0]:
+            row(f"RMS calibration error{kind}, corrupt", [e[f"corrupt_{error}"] for e in entries])
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ EPSILON, PGD_STEPS = 8 / 255, 7  # AT and TRADES: l_inf radius and number of PGD
 
 
 def kl_divergence(p_logits: Tensor, q_logits: Tensor) -> Tensor:
-    """D(p || q) = sum_c p_c log(p_c / q_c), Eq. (3) and (6); p, q the softmax of (B, C). -> (B,)."""
+    """D(p || q) = sum_c p_c log(p_c / q_c), Eq. (3), (6); p, q the softmax of (B, C). -> (B,)."""
     log_p = F.log_softmax(at_least_float32(p_logits), dim=1)
     log_q = F.log_softmax(at_least_float32(q_logits), dim=1)
     return (log_p.exp() * (log_p - log_q)).sum(dim=1)
@@ -112,8 +112,8 @@ def pgd_attack(
     """The inner maximisation of Eq. (2) by projected gradient ascent. Returns x_adv, not clipped.
 
     delta <- P_B(epsilon)(delta + step_size sign(grad_delta objective(f(x + delta)))) in the l_inf
-    ball, `steps` times from P(start). objective: logits (B, C) -> (B,); start like x; step_size by
-    default (None) 2.5 epsilon / steps. f is in eval mode during the attack: its batch norm is fixed.
+    ball, `steps` times from P(start). objective: logits (B, C) -> (B,); start like x. step_size
+    None is 2.5 epsilon / steps. f is in eval mode during the attack, so its batch norm is fixed.
     """
     step_size = 2.5 * epsilon / max(1, steps) if step_size is None else step_size
     delta = start.clamp(-epsilon, epsilon)

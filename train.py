@@ -1,15 +1,15 @@
 """Algorithm 1: train one network by one method.
 
-    python train.py --method magnma --arch densenet121              # the paper's recipe, CIFAR-10 under data/
-    python train.py --method magnma --lambda2 0                     # MAGNMA with the noise regulariser only
-    python train.py --dataset path/to/mine.npz                      # images of your own (data.py says in which form)
-    python train.py --dataset digits --arch resnet20 --epochs 3 --batch-size 64     # no download, on any CPU
-    python train.py --method magnma --resume                        # go on where an interrupted run stopped
-    timeout 60m python train.py --method magnma --resume            # for an hour
-    torchrun --nproc-per-node 2 -- train.py --method augmix         # one run on two GPUs, each with half of every batch
+    python train.py --method magnma --arch densenet121    # the paper's recipe on CIFAR-10
+    python train.py --method magnma --lambda2 0 --tag noise    # only the noise regulariser
+    python train.py --method magnma --resume              # continue an interrupted run
+    python train.py --dataset path/to/mine.npz            # your own images (see data.py)
+    python train.py --dataset digits --arch resnet20 --epochs 3 --batch-size 64 --device cpu
+    torchrun --nproc-per-node 2 train.py --method augmix  # one run on two GPUs
 
-Writes runs/<dataset>/<arch>/<method>[-<tag>]/seed<k>/: config.json; log.csv, a row an epoch; best.pt, the tested epoch
-of best clean test accuracy, as the paper selects it; last.pt, from which --resume goes on.
+Writes runs/<dataset>/<arch>/<method>[-<tag>]/seed<k>/: config.json; log.csv, one row per epoch;
+best.pt, the tested epoch with the best clean test accuracy (the paper's selection); last.pt, from
+which --resume continues.
 """
 
 import argparse
@@ -17,182 +17,104 @@ import csv
 import io
 import math
 import os
-import resource
 import sys
 import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import IO
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import utils
 from augment import preprocess
-from data import BUILT_IN, Dataset, load_dataset
-from evaluate import WHERE_IT_RAN, predict
-from losses import METHODS, of_other_methods
+from data import BUILT_IN, Dataset, data_sha256, load_dataset
+from evaluate import predict
+from losses import METHODS
 from models import ARCHS, build_model, recompute
-from utils import seed
+from utils import UserError, seed
 
+LARGE = ("densenet121", "densenet121_k32", "inceptionv3")  # recomputed by default, to fit 16 GB
+COLUMN = ("lambda1", "lambda2", "sigma_max", "beta")  # MAGNMA's, which name a column of the tables
+SHARED = ("arch", "method", "epochs", "batch_size", "lr", "weight_decay", "eval_every", "subset",
+          "joint")  # fmt: skip
 LOG = ("epoch", "lr", "train_loss", "train_accuracy", "test_accuracy",
        "seconds", "images_per_second", "peak_memory_mib")  # fmt: skip
-MAY_DIFFER = (*WHERE_IT_RAN, "tag")  # flags that --resume may change
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags with every value resolved. Raises ValueError naming the flag that is wrong."""
-    parser = utils.Parser(description="Train one network by one method (Algorithm 1 of the paper).")
-    positive, not_negative = utils.number(float, above=0), utils.number(float, low=0)
-    natural, count = utils.number(int, low=0), utils.number(int, low=1)
+@dataclass
+class Run:
+    """What the functions below share."""
 
-    flag = parser.add_argument_group("what").add_argument
-    flag("--dataset", default="cifar10", help=f"{', '.join(BUILT_IN)} (no download), or the path of an .npz file")
-    flag("--data", default="data", help="the folder of CIFAR, which is downloaded where it is missing")
-    flag("--method", choices=tuple(METHODS), default="magnma", help="the training criterion, Eq. (1)-(6) and (12)")
-    flag("--arch", choices=ARCHS, default="resnet18", help="the network")
-    flag("--seed", type=natural, default=0, help="of the weights and of every draw")
-    flag = parser.add_argument_group("Sec. 4, training details").add_argument
-    flag("--epochs", type=count, default=150, help="T of Algorithm 1")
-    flag("--batch-size", type=count, default=512, help="|B|, over all processes; the last incomplete one is dropped")
-    flag("--lr", type=positive, default=0.1, help="learning rate, divided by 10 every ceil(epochs / 3) epochs")
-    flag("--weight-decay", type=not_negative, default=5e-4, help="of SGD with Nesterov momentum 0.9")
-    flag = parser.add_argument_group("MAGNMA, Eq. (6)").add_argument
-    flag("--lambda1", type=not_negative, default=0.2, help="weight of the noise regulariser; 0 leaves it out")
-    flag("--lambda2", type=not_negative, default=0.3, help="weight of the mixed augmentations; 0 leaves them out")
-    flag("--sigma-max", type=not_negative, default=0.2, help="largest noise level, on pixels in [0, 1]; of GN too")
-    flag("--beta", type=utils.number(float, low=0.01), default=1.0, help="w ~ Beta(beta, beta) mixes x with T_a(x)")
-    flag("--n", type=count, default=5, help="samples of each regulariser")
-    flag("--operations", choices=("A", "augmix"), default="A",
-         help="what T_a is drawn from: A, the text's four operations, or AugMix's nine")
-    flag = parser.add_argument_group("AT and TRADES, Eq. (2) and (3)").add_argument
-    flag("--epsilon", type=not_negative, default=8 / 255, help="l_inf radius, on pixels in [0, 1]; by default 8/255")
-    flag("--pgd-steps", type=natural, default=7, help="steps of the attack")
-    flag("--pgd-step-size", type=not_negative, help="by default 2.5 epsilon / steps")
-    flag("--trades-lambda", type=not_negative, default=3.0, help="weight of TRADES' robust term")
-    flag = parser.add_argument_group("RSE, Eq. (4)").add_argument
-    flag("--rse-sigma", type=not_negative, default=0.1, help="noise level, on pixels in [0, 1]")
-    flag("--rse-samples", type=count, default=10, help="draws that evaluate.py averages")
-    flag = parser.add_argument_group("AugMix, Eq. (5)").add_argument
-    flag("--jsd-lambda", type=not_negative, default=12.0, help="weight of the Jensen-Shannon divergence")
-    flag = parser.add_argument_group("how").add_argument
-    flag("--joint", action="store_true", help="MAGNMA, AugMix, TRADES: clean and perturbed copies in one forward pass,"
-         " as AugMix's own code has it, and not in passes of their own; batch norm sees the difference")
-    flag("--subset", type=count, help="train on the first N images only")
-    flag("--eval-every", type=count, default=5, help="test after the first epoch, every N-th and the last")
-    flag("--device", default="auto", help="auto, cpu, cuda or cuda:<index>; torchrun gives each process a GPU")
-    flag("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
-         help="mixed precision; auto: bf16 on GPUs that have it, fp16 on others, off on a CPU")
-    flag("--compile", action="store_true", help="torch.compile the network")
-    flag("--recompute", action="store_true", help="compute each forward pass again in the backward pass: the same"
-         " result, the memory of one copy's activations, a third more time")
-    flag("--tag", help="suffix of the run's folder; by default made of MAGNMA's hyperparameters and --joint")
-    flag("--out", help="the run's folder; by default runs/<dataset>/<arch>/<method>[-<tag>]/seed<k>")
-    flag("--resume", action="store_true", help="go on where the run stopped; from the start if there is nothing yet")
-
-    args = parser.parse_args(argv)
-    if args.pgd_step_size is None:
-        args.pgd_step_size = 2.5 * args.epsilon / max(1, args.pgd_steps)
-    if args.tag is None:
-        args.tag = default_tag(args)
-    if not args.out:
-        name = f"{args.method}-{args.tag}" if args.tag else args.method
-        args.out = str(Path("runs", Path(args.dataset).stem, args.arch, name, f"seed{args.seed}"))
-    return args
-
-
-def default_tag(args: argparse.Namespace) -> str:
-    """MAGNMA's hyperparameters: nothing for the paper's, `noise`, `mix` (Table 3) or Table 5's values; n; `joint`."""
-    parts = []
-    if args.method == "magnma":
-        setting = (args.lambda1, args.lambda2, args.sigma_max, args.beta)
-        names = {(0.2, 0.3, 0.2, 1.0): "", (0.2, 0.0, 0.2, 1.0): "noise", (0.0, 5.0, 0.2, 1.0): "mix"}
-        parts.append(names.get(setting, "l1_{:g}-l2_{:g}-s_{:g}-b_{:g}".format(*setting)))
-        parts.append("nine" if args.operations == "augmix" else "")
-        parts.append("" if args.n == 5 else f"n_{args.n}")
-    return "-".join(filter(None, [*parts, "joint" if args.joint else ""]))
+    args: argparse.Namespace
+    dataset: Dataset
+    device: torch.device
+    dtype: torch.dtype | None  # of autocast
+    rank: int  # this process of `world`
+    world: int
+    f: nn.Module
+    sgd: torch.optim.SGD
+    scaler: torch.amp.GradScaler
+    config: dict  # config.json
+    log: list[dict]  # log.csv, one entry per finished epoch
+    saved: float = -math.inf  # when last.pt was written, time.monotonic()
 
 
 # Algorithm 1
 
 
-def train(args: argparse.Namespace, dataset: Dataset, device: torch.device, rank: int = 0, world: int = 1) -> None:
-    """Algorithm 1: train f_theta for T epochs, with a checkpoint after each.
+def train(run: Run) -> None:
+    """Algorithm 1: train f_theta from epoch len(run.log) to T.
 
-    Process `rank` of `world` takes its share of each batch; against one device, batch norm and the draws differ. Raises
-    ValueError when the loss is no longer finite, or the run to resume is another.
+    Process `rank` of `world` takes its share of each batch. Unlike on one device, batch norm sees
+    only this process's share, and random draws differ.
     """
-    T, B, folder, dtype = args.epochs, args.batch_size, Path(args.out), utils.amp_dtype(args.amp, device)
-    X, Y = dataset.train_images[: args.subset].to(device), dataset.train_labels[: args.subset].to(device)
-    X_test = dataset.test_images.to(device) if rank == 0 else None
-    resolved = {"amp": utils.amp_name(dtype), "processes": world, "data_source": dataset.source, "train_images": len(X)}
-    about = {"config": vars(args) | resolved, **utils.provenance(device)}
-    method, hparams = METHODS[args.method], vars(args)
+    args, dataset, f, sgd, scaler = run.args, run.dataset, run.f, run.sgd, run.scaler
+    T, B, method, hparams = args.epochs, args.batch_size, METHODS[args.method], vars(args)
+    X = dataset.train_images[: args.subset].to(run.device)
+    Y = dataset.train_labels[: args.subset].to(run.device)
 
-    seed(args.seed)
-    f = build_model(args.arch, len(dataset.classes)).to(device, memory_format=torch.channels_last)
-    sgd = utils.optimiser(f, args.lr, args.weight_decay)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
-    log = open_run(folder, about["config"], f, sgd, scaler, rank)
-    if args.compile:
-        f.forward = torch.compile(f.forward, dynamic=False)
-    if args.recompute:
-        recompute(f)
-
-    for t in range(len(log), T):  # for t = 0 to T-1 do
+    for t in range(len(run.log), T):  # for t = 0 to T-1 do
         start = time.monotonic()
-        eta_t = learning_rate(args.lr, t, T)
-        sgd.param_groups[0] |= {"lr": eta_t, "fused": device.type == "cuda"}
-        if world > 1:
-            for buffer in f.buffers():  # batch norm's, which only the first process saves
-                dist.broadcast(buffer, 0)
+        sgd.param_groups[0]["lr"] = eta_t = learning_rate(args.lr, t, T)
         seed(args.seed, t)  # the same in every process
         X_t = preprocess(X, dataset.hflip)  # Sec. 4
-        order = torch.randperm(len(X))[: len(X) // B * B].to(device)
-        seed(args.seed, t, rank)
-        loss_sum, correct = torch.zeros(2, dtype=torch.float64, device=device).unbind()  # read once an epoch
+        order = torch.randperm(len(X))[: len(X) // B * B].to(run.device)
+        seed(args.seed, t, run.rank)
+        totals = torch.zeros(2, dtype=torch.float64, device=run.device)  # of loss, of correct ones
         f.train()
-        for batch in tqdm(order.split(B), f"epoch {t + 1}/{T}", leave=False, unit="batch",
-                          disable=None if rank == 0 else True):  # for each batch (x, y) ~ D do  # fmt: skip
-            share = batch[rank::world]
+        for batch in progress(run, order.split(B)):  # for each batch (x, y) ~ D do
+            share = batch[run.rank :: run.world]
             x, y = X_t[share].float() / 255, Y[share]
-            with utils.autocast(device, dtype):
+            with utils.autocast(run.device, run.dtype):
                 loss, logits = method(f, x, y, hparams)  # L_T, its mean over the batch
-            scaler.scale(loss / world).backward()
-            add_up_gradients(f, world)
+            scaler.scale(loss / run.world).backward()
+            add_up_gradients(f, run.world)
             scaler.step(sgd)  # theta = theta - eta_t 1/|B| sum_i grad L_T(x_i, y_i)
             scaler.update()
             sgd.zero_grad()
-            loss_sum += loss.detach() * len(share)
-            correct += (logits.detach().argmax(dim=1) == y).sum()
+            correct = (logits.detach().argmax(dim=1) == y).sum()
+            totals += torch.stack([loss.detach() * len(share), correct])  # not read before the end
+        finish_epoch(run, eta_t, totals, len(order), start)
 
-        if world > 1:
-            dist.all_reduce(loss_sum)
-            dist.all_reduce(correct)
-        train_loss, train_accuracy = loss_sum.item() / len(order), 100 * correct.item() / len(order)
-        seconds = time.monotonic() - start
-        if not math.isfinite(train_loss):
-            raise ValueError(f"the training loss of epoch {t + 1} is {train_loss}; {folder} keeps the epochs before."
-                             " Try another run (--tag, --out) with a smaller --lr, or with --amp off")  # fmt: skip
-        tested = rank == 0 and (t == 0 or (t + 1) % args.eval_every == 0 or t + 1 == T)
-        test_accuracy = 100 * accuracy(f, X_test, dataset.test_labels, dtype) if tested else None
-        row = (t + 1, eta_t, train_loss, train_accuracy, test_accuracy, seconds, len(order) / seconds, memory(device))
-        log.append(dict(zip(LOG, row, strict=True)))
-        if rank == 0:
-            save_run(folder, about, f, sgd, scaler, log)
-        if tested:
-            tqdm.write(f"epoch {t + 1}/{T}  lr {eta_t:g}  loss {train_loss:.4f}  train {train_accuracy:.2f}%"
-                       f"  test {test_accuracy:.2f}%  {seconds:.1f} s")  # fmt: skip
+
+def progress(run: Run, batches: tuple[Tensor, ...]) -> Iterable[Tensor]:
+    """The batches of an epoch, with a progress bar if the first process has a terminal."""
+    name = f"epoch {len(run.log) + 1}/{run.args.epochs}"
+    return tqdm(batches, name, leave=False, unit="batch", disable=None if run.rank == 0 else True)
 
 
 def learning_rate(lr: float, t: int, epochs: int) -> float:
-    """eta_t of Algorithm 1, t = 0 ... epochs - 1: divided by 10 every ceil(epochs / 3) epochs (Sec. 4: 50 of 150)."""
+    """eta_t: divided by 10 every ceil(epochs / 3) epochs (Sec. 4: every 50 of 150)."""
     return lr * 0.1 ** (t // math.ceil(epochs / 3))
 
 
 def add_up_gradients(f: nn.Module, world: int) -> None:
-    """Replace each gradient by its sum over the processes."""
+    """Replace each gradient by its sum over the processes, in one all_reduce."""
     if world == 1:
         return
     gradients = [p.grad for p in f.parameters() if p.grad is not None]
@@ -202,124 +124,368 @@ def add_up_gradients(f: nn.Module, world: int) -> None:
         g.copy_(part.view_as(g))
 
 
-def accuracy(f: nn.Module, images: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype | None) -> float:
-    """Clean test accuracy in [0, 1], by which best.pt is selected; for RSE too of one pass without noise."""
-    _, prediction = predict(f, images, dtype=dtype)
-    return (prediction == labels).double().mean().item()
+def finish_epoch(run: Run, eta_t: float, totals: Tensor, images: int, start: float) -> None:
+    """Check the loss, test, log, save. Raises UserError if the loss is not finite."""
+    if run.world > 1:
+        dist.all_reduce(totals)
+        for buffer in run.f.buffers():  # batch norm's: only the first process's are saved
+            dist.broadcast(buffer, 0)
+    train_loss, train_accuracy = totals[0].item() / images, 100 * totals[1].item() / images
+    seconds = time.monotonic() - start
+    epoch, epochs = len(run.log) + 1, run.args.epochs
+    if not math.isfinite(train_loss):
+        raise UserError(
+            f"the training loss of epoch {epoch} is {train_loss}. Start another run (--tag) with a"
+            f" smaller --lr or --amp off; {run.args.out} keeps its last checkpoint"
+        )
+    tested = epoch in (1, epochs) or epoch % run.args.eval_every == 0
+    test_accuracy = 100 * accuracy(run) if tested and run.rank == 0 else None
+    gpu = run.device.type == "cuda"
+    memory = torch.cuda.max_memory_allocated(run.device) / 2**20 if gpu else None
+    row = (
+        epoch,
+        eta_t,
+        train_loss,
+        train_accuracy,
+        test_accuracy,
+        seconds,
+        images / seconds,
+        memory,
+    )
+    run.log.append(dict(zip(LOG, row, strict=True)))
+    if run.rank != 0:
+        return
+    if tested or time.monotonic() - run.saved > 60:  # on a GPU an epoch can be shorter than saving
+        save(run)
+    if tested or not sys.stderr.isatty():
+        test = f"  test {test_accuracy:.2f}%" if tested else ""
+        tqdm.write(
+            f"epoch {epoch}/{epochs}  lr {eta_t:g}  loss {train_loss:.4f}"
+            f"  train {train_accuracy:.2f}%{test}  {seconds:.1f} s"
+        )
 
 
-def memory(device: torch.device) -> float:
-    """Peak memory so far, MiB: the GPU's, or this process' on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+def accuracy(run: Run) -> float:
+    """Clean test accuracy in [0, 1], which selects best.pt. RSE's ensemble is not applied here."""
+    _, prediction = predict(run.f, run.dataset.test_images, dtype=run.dtype)
+    return (prediction == run.dataset.test_labels).double().mean().item()
 
 
 # A run's folder
 
 
-def open_run(
-    folder: Path, config: dict, f: nn.Module, sgd: torch.optim.SGD, scaler: torch.amp.GradScaler, rank: int
-) -> list[dict]:
-    """Start the run in `folder`, or restore it into f, sgd and scaler; returns the log's rows so far.
+def recipe_of(args: argparse.Namespace, dataset: Dataset, amp: str, processes: int) -> dict:
+    """What a run is: everything that its numbers depend on, besides the seed."""
+    flags, own = vars(args), dict(METHODS[args.method].defaults)
+    own |= {"rse_samples": args.rse_samples} if args.method == "rse" else {}
+    return {
+        "dataset": dataset.name,
+        **{name: flags[name] for name in SHARED},
+        "amp": amp,
+        **{name: flags.get(name, default) for name, default in own.items()},
+        "data_sha256": data_sha256(dataset),
+        "train_images": args.subset or len(dataset.train_images),
+        "classes": len(dataset.classes),
+        "processes": processes,
+    }
 
-    Raises ValueError where another run is there, and OSError for a disk that is full.
+
+def departures_of(recipe: dict) -> dict:
+    """The flags of a recipe that are unlike the paper's, with their values."""
+    paper = vars(parse_args(["--method", recipe["method"]])) | {"amp": "off"}
+    free = {"dataset", "arch", "method", *(COLUMN if recipe["method"] == "magnma" else ())}
+    return {k: v for k, v in recipe.items() if k in paper.keys() - free and v != paper[k]}
+
+
+def describe_differences(saved: dict, recipe: dict) -> str:
+    """How a saved run's recipe differs from this one, e.g. `--lr 0.1, not 0.5`, or nothing."""
+    words = []
+    for name in {**saved, **recipe}:
+        if saved.get(name) == recipe.get(name):
+            continue
+        if name == "data_sha256":
+            words.append("other images or labels under this name")
+        else:
+            counted = name in ("train_images", "classes", "processes")
+            flag = name.replace("_", " ") if counted else "--" + name.replace("_", "-")
+            words.append(f"{flag} {saved.get(name)}, not {recipe.get(name)}")
+    return "; ".join(words)
+
+
+def lock(folder: Path) -> IO | None:
+    """Refuse a second process in the same folder (UserError), as long as the returned file is open.
+
+    The kernel releases the lock however the process ends. Does nothing where files have no locks.
     """
-    last = folder / "last.pt"
-    if rank == 0:
-        for leftover in folder.glob(".*.tmp"):  # of a process that was killed while saving
-            leftover.unlink()
-    if config["resume"] and last.exists():
-        saved = utils.load_checkpoint(last)
+    try:
+        import fcntl
+
+        file = open(folder / "lock", "w")  # noqa: SIM115 - open until the process ends
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return file
+    except BlockingIOError:
+        raise UserError(
+            f"{folder} is in use by another train.py. Wait for it, or stop it"
+        ) from None
+    except (ImportError, OSError):
+        return None
+
+
+def open_run(run: Run) -> None:
+    """Start the run in its folder, or restore it from last.pt. Refuses another run's folder."""
+    folder, last = Path(run.args.out), Path(run.args.out, "last.pt")
+    path = last if last.exists() else folder / "config.json"
+    saved = {}
+    if path.exists():
+        saved = utils.load_checkpoint(last) if path == last else utils.read_json(path)
         try:
-            theirs, log = saved["config"], saved["log"]
-            differ = differing(config, theirs)
-            if not differ:
-                f.load_state_dict(saved["model"])
-                sgd.load_state_dict(saved["optimizer"])
-                scaler.load_state_dict(saved["scaler"])
-        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-            raise ValueError(f"{last} is no checkpoint of train.py ({str(error)[:80]}); name another --out") from error
-        if differ:
-            no_flags = ("processes", "data_source", "train_images")
-            names = [k if k in no_flags else "--" + k.replace("_", "-") for k in differ]
-            told = ", ".join(f"{n} {theirs.get(k)} (now {config[k]})" for n, k in zip(names, differ, strict=True))
-            raise ValueError(f"the run in {folder} was begun with {told}; go on as it began, or name another --out")
-        if rank == 0:
-            write_log(folder, log)  # where it was killed between last.pt and the log
-        return log
-    if (folder / "config.json").exists() and not config["resume"]:
-        raise ValueError(f"{folder} holds a run already; --resume goes on with it, --tag or --out makes another")
+            before, now = ({**c["recipe"], "seed": c["seed"]} for c in (saved, run.config))
+        except (KeyError, TypeError):
+            raise UserError(
+                f"{path} was not written by this train.py. Use --tag or --out"
+            ) from None
+        differences = describe_differences(before, now)
+        if differences:
+            raise UserError(
+                f"the run in {folder} was started with {differences}. Use the same flags and"
+                " --resume to continue it, or --tag or --out to start another"
+            )
+        if not run.args.resume:
+            raise UserError(f"{folder} already holds this run. Use --resume to continue it")
+    if path == last and saved:
+        try:
+            run.f.load_state_dict(saved["model"])
+            run.sgd.load_state_dict(saved["optimizer"])
+            run.scaler.load_state_dict(saved["scaler"])
+            run.log += saved["log"]
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise UserError(f"{last} is damaged ({str(error)[:80]}). Use --tag or --out") from None
+        run.sgd.param_groups[0]["fused"] = (
+            run.device.type == "cuda"
+        )  # it may come from another device
     if dist.is_initialized():
-        dist.barrier()  # the first process writes config.json when all have seen that there is none
-    if rank == 0:
-        utils.write_json(folder / "config.json", config)
-    return []
+        dist.barrier()  # nothing is written before every process has looked
+    if run.rank > 0:
+        return
+    for leftover in folder.glob(".*.tmp"):  # of a process that was killed while saving
+        leftover.unlink()
+    if run.log:
+        write_log(folder, run.log)
+    else:
+        utils.write_json(folder / "config.json", run.config)
+    if run.args.resume:
+        done, epochs = len(run.log), run.args.epochs
+        state = f"continues at epoch {done + 1} of {epochs}" if done else "starts"
+        tqdm.write(f"{folder}: {'is finished' if done == epochs else state}")
 
 
-def differing(config: dict, theirs: dict) -> list[str]:
-    """The keys of `config` that make it another run than that of `theirs`, a config.json.
-
-    A flag that theirs does not know and that only other methods take came with a method added since: it does not.
-    """
-    unknown = of_other_methods(config["method"]) - theirs.keys()
-    return [k for k in config if k not in (*MAY_DIFFER, *unknown) and theirs.get(k) != config[k]]
-
-
-def save_run(
-    folder: Path, about: dict, f: nn.Module, sgd: torch.optim.SGD, scaler: torch.amp.GradScaler, log: list[dict]
-) -> None:
+def save(run: Run) -> None:
     """Write best.pt, if the last epoch is the best of those tested, then last.pt, then log.csv.
 
-    Killed in between, the run goes on from the last.pt before, makes the same epoch and writes the same files.
+    If killed between these writes, --resume repeats the epochs since last.pt.
     """
-    content = about | {"epoch": len(log), "model": f.state_dict()}
-    best = max((row for row in log if row["test_accuracy"] is not None), key=lambda row: row["test_accuracy"])
-    if best is log[-1]:
+    folder, content = Path(run.args.out), run.config | {"epoch": len(run.log)}
+    content["model"] = run.f.state_dict()
+    tested = [row for row in run.log if row["test_accuracy"] is not None]
+    if max(tested, key=lambda row: row["test_accuracy"]) is run.log[-1]:
         utils.save_checkpoint(folder / "best.pt", content)
-    states = {"optimizer": sgd.state_dict(), "scaler": scaler.state_dict(), "log": log}
+    states = {"optimizer": run.sgd.state_dict(), "scaler": run.scaler.state_dict(), "log": run.log}
     utils.save_checkpoint(folder / "last.pt", content | states)
-    write_log(folder, log)
+    write_log(folder, run.log)
+    run.saved = time.monotonic()
 
 
 def write_log(folder: Path, log: list[dict]) -> None:
-    """log.csv, a row an epoch; test_accuracy is empty where the epoch was not tested."""
+    """log.csv, one row per epoch; test_accuracy is empty for epochs that were not tested."""
     text = io.StringIO()
     writer = csv.DictWriter(text, LOG, lineterminator="\n")
     writer.writeheader()
-    writer.writerows({k: f"{v:.8g}" if isinstance(v, float) else v for k, v in row.items()} for row in log)
+    for row in log:
+        writer.writerow({k: f"{v:.8g}" if isinstance(v, float) else v for k, v in row.items()})
     with utils.atomic_write(folder / "log.csv") as file:
         file.write(text.getvalue().encode())
+
+
+# The command line
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags, every value resolved. Wrong flags end the program with a line and exit code 2."""
+    parser = utils.Parser(description="Train one network by one method (Algorithm 1 of the paper).")
+    positive, not_negative = utils.number(float, above=0), utils.number(float, low=0)
+    natural, count = utils.number(int, low=0), utils.number(int, low=1)
+
+    flag = parser.add_argument_group("what").add_argument
+    flag("--dataset", default="cifar10", help=f"{', '.join(BUILT_IN)}, or the path of an .npz file")
+    flag("--data", default="data", help="folder of CIFAR, downloaded if missing")
+    flag("--method", choices=tuple(METHODS), default="magnma", help="Eq. (1)-(6) and (12)")
+    flag("--arch", choices=ARCHS, default="resnet18", help="the network")
+    flag("--seed", type=natural, default=0, help="seed of the weights and all random draws")
+
+    flag = parser.add_argument_group("training (Sec. 4)").add_argument
+    flag("--epochs", type=count, default=150, help="T of Algorithm 1")
+    flag("--batch-size", type=count, default=512, help="|B|, over all processes")
+    flag("--lr", type=positive, default=0.1, help="divided by 10 every ceil(epochs / 3) epochs")
+    flag("--weight-decay", type=not_negative, default=5e-4, help="of SGD, Nesterov momentum 0.9")
+
+    paper = {k: v for method in METHODS.values() for k, v in method.defaults.items()}
+    group = parser.add_argument_group("hyperparameters of the methods, for pixels in [0, 1]")
+
+    def own(name: str, kind: Callable, text: str) -> None:
+        default = paper[name.replace("-", "_")]
+        group.add_argument(f"--{name}", type=kind, default=default, help=text)
+
+    own("lambda1", not_negative, "MAGNMA: weight of the noise regulariser; 0 leaves it out")
+    own("lambda2", not_negative, "MAGNMA: weight of the mixed augmentations; 0 leaves them out")
+    own("sigma-max", not_negative, "MAGNMA, GN: largest noise level")
+    own("beta", utils.number(float, low=0.01), "MAGNMA: w ~ Beta(beta, beta) mixes x with T_a(x)")
+    own("n", count, "MAGNMA: samples of each regulariser")
+    own("operations", str, "MAGNMA: T_a is one of the text's four (A) or of AugMix's nine (augmix)")
+    own("epsilon", not_negative, "AT, TRADES: l_inf radius; by default 8/255")
+    own("pgd-steps", natural, "AT, TRADES: steps of the attack")
+    own("pgd-step-size", not_negative, "AT, TRADES: by default 2.5 epsilon / steps")
+    own("trades-lambda", not_negative, "TRADES: weight of the robust term")
+    own("rse-sigma", not_negative, "RSE: noise level")
+    own("jsd-lambda", not_negative, "AugMix: weight of the Jensen-Shannon divergence")
+    group.add_argument("--rse-samples", type=count, default=10, help="RSE: draws at test time")
+    group.add_argument(
+        "--joint",
+        action="store_true",
+        help="MAGNMA, AugMix, TRADES: forward clean and perturbed copies as one batch",
+    )
+
+    flag = parser.add_argument_group("how").add_argument
+    flag("--subset", type=count, help="train on the first N images")
+    flag("--eval-every", type=count, default=5, help="test after the first, every N-th, last epoch")
+    flag("--device", default="auto", help="auto, cpu, cuda or cuda:<index>")
+    flag("--amp", choices=utils.AMP, default="auto", help=utils.AMP_HELP)
+    flag("--compile", action="store_true", help="torch.compile the network")
+    flag(
+        "--recompute",
+        action=argparse.BooleanOptionalAction,
+        help="repeat each forward pass in the backward pass: same result, memory of one pass, a"
+        f" third more time. By default on for {', '.join(LARGE)} with the methods of --joint",
+    )
+    flag("--tag", default="", help="suffix of the run's folder, to tell runs of a method apart")
+    flag("--out", help="by default runs/<dataset>/<arch>/<method>[-<tag>]/seed<k>")
+    flag("--resume", action="store_true", help="continue the run, or start it")
+
+    args = parser.parse_args(argv)
+    if args.operations not in ("A", "augmix"):
+        parser.error(f"argument --operations: {args.operations} is neither A nor augmix")
+    if args.pgd_step_size is None:
+        args.pgd_step_size = 2.5 * args.epsilon / max(1, args.pgd_steps)
+    several = "joint" in METHODS[args.method].defaults  # does the method forward several copies
+    args.joint = args.joint and several
+    if args.recompute and args.joint:
+        parser.error("--recompute saves no memory with --joint; use one of the two")
+    if args.recompute is None:
+        args.recompute = args.arch in LARGE and several and not args.joint
+    if not args.out:
+        name = f"{args.method}-{args.tag}" if args.tag else args.method
+        dataset = Path(args.dataset).stem
+        args.out = str(Path("runs", dataset, args.arch, name, f"seed{args.seed}"))
+    return args
+
+
+def start_processes(args: argparse.Namespace, device: torch.device) -> tuple[int, int]:
+    """(rank, world) of this process, (0, 1) unless torchrun started it."""
+    if "RANK" not in os.environ:
+        return 0, 1
+    if "MASTER_ADDR" not in os.environ:
+        raise UserError("RANK is set but MASTER_ADDR is not. Start with torchrun, or unset RANK")
+    if ":" in args.device:
+        raise UserError(
+            f"--device {args.device} is for one process. With torchrun use --device cuda"
+        )
+    gpu = device.type == "cuda"
+    dist.init_process_group(
+        "nccl" if gpu else "gloo", timeout=timedelta(hours=1), device_id=device if gpu else None
+    )
+    return dist.get_rank(), dist.get_world_size()
+
+
+def check_sizes(args: argparse.Namespace, dataset: Dataset, world: int) -> None:
+    """Raise UserError unless --subset and --batch-size fit the data and the number of processes."""
+    images = len(dataset.train_images)
+    if args.subset is not None and args.subset > images:
+        raise UserError(f"--subset {args.subset}: {dataset.name} has {images} training images")
+    if args.batch_size > (args.subset or images):
+        raise UserError(
+            f"--batch-size {args.batch_size}: more than the {args.subset or images} images"
+        )
+    if args.batch_size % world:
+        raise UserError(f"--batch-size {args.batch_size} is not divisible by {world} processes")
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     device = utils.pick_device(args.device)
-    rank, world = 0, 1
-    if "RANK" in os.environ:  # torchrun started this process
-        if ":" in args.device:
-            raise ValueError(f"--device {args.device} is for one process; under torchrun use --device cuda")
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
-        rank, world = dist.get_rank(), dist.get_world_size()
+    dtype = utils.amp_dtype(args.amp, device)
+    rank, world = start_processes(args, device)
     if rank > 0:
         dist.barrier()  # the first process may have to download
     dataset = load_dataset(args.dataset, args.data)
     if world > 1 and rank == 0:
         dist.barrier()
-    images = len(dataset.train_images)
-    if args.subset is not None and args.subset > images:
-        raise ValueError(f"--subset {args.subset}: {dataset.name} has {images} training images")
-    if args.batch_size > (args.subset or images):
-        raise ValueError(f"--batch-size {args.batch_size} is more than the {args.subset or images} training images")
-    if args.batch_size % world:
-        raise ValueError(f"--batch-size {args.batch_size} does not divide by the {world} processes")
+    check_sizes(args, dataset, world)
+
+    recipe = recipe_of(args, dataset, utils.amp_name(dtype), world)
+    ran = {name: vars(args)[name] for name in ("dataset", "data", "out", "compile", "recompute")}
+    config = {
+        "recipe": recipe,
+        "departures": departures_of(recipe),
+        "seed": args.seed,
+        "tag": args.tag,
+        "ran": ran | {"data_source": dataset.source} | utils.provenance(device),
+    }
+    seed(args.seed)
+    f = build_model(args.arch, len(dataset.classes)).to(device, memory_format=torch.channels_last)
+    sgd = utils.optimiser(f, args.lr, args.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+    run = Run(args, dataset, device, dtype, rank, world, f, sgd, scaler, config, [])
+
+    folder = Path(args.out)
     if rank == 0:
-        tqdm.write(f"{args.out}: {args.method}, {args.arch}, {dataset.name} ({dataset.source}), "
-                   f"{utils.describe(device)}" + (f" x {world}" if world > 1 else ""))  # fmt: skip
-    train(args, dataset, device, rank, world)
+        utils.make_folder(folder)
+        locked = lock(folder)  # noqa: F841 - until the process ends
+        devices = f" x {world}" if world > 1 else ""
+        tqdm.write(
+            f"{folder}: {args.method}, {args.arch}, {dataset.name} ({dataset.source}),"
+            f" {utils.describe(device)}{devices}, precision {recipe['amp']}"
+        )
+    open_run(run)
+    if args.compile:
+        f.forward = torch.compile(f.forward, dynamic=False)
+    if args.recompute:
+        recompute(f)
+    try:
+        train(run)
+    except KeyboardInterrupt:
+        epoch = (
+            utils.load_checkpoint(folder / "last.pt")["epoch"]
+            if (folder / "last.pt").exists()
+            else 0
+        )
+        tqdm.write(f"{folder}: --resume continues after epoch {epoch}")
+        raise
+    except torch.OutOfMemoryError:
+        raise UserError(f"the GPU's memory is full. {what_needs_less(run)} needs less") from None
+    if rank == 0:
+        tqdm.write(f"evaluate it: python evaluate.py {folder}")
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+
+
+def what_needs_less(run: Run) -> str:
+    """The flags that would make this run need less GPU memory."""
+    flags = []
+    if run.dtype is None:
+        flags.append("--amp auto")
+    if not run.args.recompute and not run.args.joint:
+        flags.append("--recompute")
+    return " or ".join([*flags, "a smaller --batch-size"])
 
 
 if __name__ == "__main__":

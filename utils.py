@@ -22,9 +22,9 @@ import torch
 try:
     import torchvision
 except RuntimeError as error:
-    # PyPI's torchvision is built for CUDA torch. Beside a CPU build of torch its import fails, because
-    # the operators nms and qnms were never declared. Declare them only then: beside a matching
-    # torchvision (every GPU user's) a second declaration aborts the process. Nothing here calls them.
+    # PyPI's torchvision is built for CUDA torch. Beside a CPU build of torch its import fails,
+    # because the operators nms and qnms were never declared. Declare them only then: beside a
+    # matching torchvision (every GPU user's) a second declaration aborts the process.
     if "operator torchvision::nms does not exist" not in str(error):
         raise
     for name in [n for n in sys.modules if n.split(".")[0] == "torchvision"]:
@@ -41,11 +41,14 @@ class UserError(ValueError):
     """A mistake that the user can mend: `run_main` prints it as one line, without a traceback."""
 
 
+AMP = ("auto", "bf16", "fp16", "off")  # of --amp
+AMP_HELP = "mixed precision; auto: bf16 on GPUs that have it, fp16 on older ones, off on a CPU"
+
 # Device, precision, optimiser, seeds
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The device for `--device`: `auto` (a GPU if there is one, else the CPU), `cpu`, `cuda[:<index>]`.
+    """The device for `--device`: `auto` (a GPU if there is one, else the CPU), `cpu`, `cuda[:<k>]`.
 
     Under torchrun `auto` and `cuda` are this process' GPU. Raises UserError for an unknown name, a
     GPU that does not exist, and one that this torch has no kernels for.
@@ -126,6 +129,17 @@ def seed(*key: object) -> None:
 
 
 # Files
+
+
+def make_folder(folder: str | Path) -> None:
+    """Create a folder, if it does not exist, and raise UserError unless files can be written to it."""
+    probe = Path(folder, f".{os.getpid()}.tmp")
+    try:
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}") from None
 
 
 @contextmanager
