@@ -132,7 +132,7 @@ def seed(*key: object) -> None:
 
 
 def make_folder(folder: str | Path) -> None:
-    """Create a folder, if it does not exist, and raise UserError unless files can be written to it."""
+    """Create a folder if it does not exist. Raises UserError unless files can be written to it."""
     probe = Path(folder, f".{os.getpid()}.tmp")
     try:
         probe.parent.mkdir(parents=True, exist_ok=True)
