@@ -1,32 +1,31 @@
-"""The 19 corruptions of CIFAR-C at five severities (Fig. 4); as a script it writes a CIFAR-C folder.
+"""The 19 corruptions of CIFAR-C at five severities (Fig. 4); as a script, a CIFAR-C folder.
 
-    python corruptions.py --dataset cifar10 --data data                # writes data/CIFAR-10-C
-    python corruptions.py --dataset cifar10 --data data --download     # the official archive instead (2.9 GB)
-    python corruptions.py --dataset path/to/mine.npz --data data       # writes data/mine-C
+    python corruptions.py --dataset cifar10 --data data              # makes data/CIFAR-10-C
+    python corruptions.py --dataset cifar10 --data data --download   # official, 2.9 GB
+    python corruptions.py --dataset path/to/mine.npz --data data     # makes data/mine-C
 
-Source: Hendrycks and Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions and Perturbations"
-(ICLR 2019), with their constants for 32x32 images. Each corruption is a function of (x, c, draw): a batch x, uint8
-(N, 32, 32, 3) RGB; the constants c of one severity; and draw(k), which gives k uniform numbers in [0, 1) per image,
-float64 (N, k), the same at each call. It returns floats on the scale where 1 is white, which `corrupt` clips and
-truncates to uint8, or finished uint8 images. What becomes of an image does not depend on the others. A corruption of
-your own is such a function and its entry in SEVERITIES: the script makes what is missing in its folder.
+Source: Hendrycks and Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions and
+Perturbations" (ICLR 2019), with their constants for 32x32 images.
+
+Each corruption is a function of (x, c, draw): a batch x, uint8 (N, 32, 32, 3) RGB; the constants c
+of one severity; and draw(k), which gives k uniform numbers in [0, 1) per image, float64 (N, k), the
+same at each call. It returns floats with 1 for white, which `corrupt` clips and truncates to uint8,
+or finished uint8 images. The images of a batch do not affect each other. To add a corruption, write
+such a function and its entry in SEVERITIES; the script then makes what its folder lacks.
 """
 
 import functools
-import importlib.util
+import importlib.metadata
 import io
 import itertools
-import multiprocessing
-import os
-import signal
+import shutil
 import sys
-import threading
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import cv2
+import joblib
 import numpy as np
 import PIL
 import scipy
@@ -36,17 +35,22 @@ from scipy.ndimage import gaussian_filter
 from scipy.special import ndtri, pdtr
 from tqdm import tqdm
 
-# Every worker process imports this file, so what needs torch (data, utils) is imported where it is used.
+# joblib's workers import this file, so what needs torch (data, utils) is imported where it is used.
 
 SIDE = 32
 PIXELS = SIDE * SIDE
 CHUNK = 250  # images at a time: some megabytes, near the processor's cache
 ZENODO = "https://zenodo.org/records/{}?download=1"
 OFFICIAL = {  # url, md5
-    "cifar10": (ZENODO.format("2535967/files/CIFAR-10-C.tar"), "56bf5dcef84df0e2308c6dcbcbbd8499"),
-    "cifar100": (ZENODO.format("3555552/files/CIFAR-100-C.tar"), "11f0ed0f1191edbf9fa23466ae6021d3"),
+    "cifar10": (
+        ZENODO.format("2535967/files/CIFAR-10-C.tar"),
+        "56bf5dcef84df0e2308c6dcbcbbd8499",
+    ),
+    "cifar100": (
+        ZENODO.format("3555552/files/CIFAR-100-C.tar"),
+        "11f0ed0f1191edbf9fa23466ae6021d3",
+    ),
 }
-REMEDY = "delete that folder, or name another with --data"
 
 
 # The corruptions
@@ -69,7 +73,9 @@ def shot_noise(x: np.ndarray, c: float, draw: Callable) -> np.ndarray:
     table = poisson_table(c)
     # Row k raised by k makes one ascending table: the place of k + u in it is the inverse distribution function.
     ascending = (table + np.arange(256)[:, None]).ravel()
-    place = ascending.searchsorted(x.reshape(len(x), -1) + draw(3 * PIXELS), side="right").reshape(x.shape)
+    place = ascending.searchsorted(x.reshape(len(x), -1) + draw(3 * PIXELS), side="right").reshape(
+        x.shape
+    )
     return (place - x.astype(int) * table.shape[1]) / c
 
 
@@ -95,8 +101,15 @@ def glass_blur(x: np.ndarray, c: tuple[float, int, int], draw: Callable) -> np.n
     The published code means to swap the two pixels but only copies; so does this.
     """
     sigma, d, passes = c
-    visits = [(h, w) for _ in range(passes) for h in range(SIDE - d, d, -1) for w in range(SIDE - d, d, -1)]
-    jumps = (draw(2 * len(visits)) * (2 * d)).astype(int).reshape(len(x), len(visits), 2) - d  # (dy, dx) in {-d..d-1}
+    visits = [
+        (h, w)
+        for _ in range(passes)
+        for h in range(SIDE - d, d, -1)
+        for w in range(SIDE - d, d, -1)
+    ]
+    jumps = (draw(2 * len(visits)) * (2 * d)).astype(int).reshape(
+        len(x), len(visits), 2
+    ) - d  # (dy, dx) in {-d..d-1}
     n = np.arange(len(x))
     pixels = to_uint8(blur(x / 255, sigma)).reshape(len(x), PIXELS, 3).transpose(1, 0, 2).copy()
     sources = (jumps @ [SIDE, 1]).T + [[SIDE * h + w] for h, w in visits]  # (visits, N)
@@ -111,7 +124,9 @@ def defocus_blur(x: np.ndarray, c: tuple[float, float], draw: Callable) -> np.nd
     grid = np.arange(-8, 9)
     disk = (grid**2 + grid[:, None] ** 2 <= radius**2).astype(np.float64)
     disk = cv2.GaussianBlur(disk / disk.sum(), (3, 3), sigma)[6:11, 6:11]  # zero outside
-    return np.stack([cv2.filter2D(image, -1, disk, borderType=cv2.BORDER_REFLECT_101) for image in x / 255])
+    return np.stack(
+        [cv2.filter2D(image, -1, disk, borderType=cv2.BORDER_REFLECT_101) for image in x / 255]
+    )
 
 
 def motion_blur(x: np.ndarray, c: tuple[int, float], draw: Callable) -> np.ndarray:
@@ -121,8 +136,12 @@ def motion_blur(x: np.ndarray, c: tuple[int, float], draw: Callable) -> np.ndarr
 
 def zoom_blur(x: np.ndarray, c: float, draw: Callable) -> np.ndarray:
     """The mean of the image and of its zooms by 1, 1.01, ..., c."""
-    factors = np.arange(1, c, 0.01).tolist()  # whether c is among them is round-off, as in the published code
-    mean = sum(map(zoom_matrix, factors), start=sparse.eye_array(PIXELS, format="csr")) / (len(factors) + 1)
+    factors = np.arange(
+        1, c, 0.01
+    ).tolist()  # whether c is among them is round-off, as in the published code
+    mean = sum(map(zoom_matrix, factors), start=sparse.eye_array(PIXELS, format="csr")) / (
+        len(factors) + 1
+    )
     return apply_matrix(mean, x / 255)
 
 
@@ -134,7 +153,10 @@ def snow(x: np.ndarray, c: tuple[float, ...], draw: Callable) -> np.ndarray:
     u = draw(PIXELS + 1)
     layer = (c[0] + c[1] * normal(u[:, 1:])).reshape(-1, SIDE, SIDE, 1)
     layer = apply_matrix(zoom_matrix(c[2]), layer)
-    layer = motion(to_uint8(np.where(layer < c[3], 0, layer)), c[4], c[5], degrees=90 * u[:, 0] - 135) / 255
+    layer = (
+        motion(to_uint8(np.where(layer < c[3], 0, layer)), c[4], c[5], degrees=90 * u[:, 0] - 135)
+        / 255
+    )
     y = x / 255
     gray = (y * [0.299, 0.587, 0.114]).sum(axis=-1, keepdims=True)
     return c[6] * y + (1 - c[6]) * np.maximum(y, 1.5 * gray + 0.5) + layer + layer[:, ::-1, ::-1]
@@ -146,7 +168,10 @@ def frost(x: np.ndarray, c: tuple[float, float], draw: Callable) -> np.ndarray:
     f = np.empty_like(x)
     for n, (which, down, right) in enumerate(draw(3)):
         photograph = photographs[int(5 * which)]
-        top, left = int(down * (photograph.shape[0] - SIDE)), int(right * (photograph.shape[1] - SIDE))
+        top, left = (
+            int(down * (photograph.shape[0] - SIDE)),
+            int(right * (photograph.shape[1] - SIDE)),
+        )
         f[n] = photograph[top : top + SIDE, left : left + SIDE]
     return np.clip(c[0] * x + c[1] * f, 0, 255).astype(np.uint8)
 
@@ -187,12 +212,16 @@ def elastic_transform(x: np.ndarray, c: tuple[float, float, float], draw: Callab
     u = 2 * draw(6 + 2 * PIXELS) - 1
     points = np.array([[26.0, 26.0], [26.0, 6.0], [6.0, 6.0]])  # (column, row)
     moved = points + affine * u[:, :6].reshape(-1, 3, 2)
-    back = np.linalg.solve(np.concatenate([moved, np.ones((len(x), 3, 1))], axis=2), points[None])  # (N, 3, 2)
+    back = np.linalg.solve(
+        np.concatenate([moved, np.ones((len(x), 3, 1))], axis=2), points[None]
+    )  # (N, 3, 2)
     (a, d), (b, e), (c, f) = back.transpose(1, 2, 0)[..., None, None]
     column, row = np.arange(SIDE), np.arange(SIDE)[:, None]
     y = bilinear(x / 255, d * column + e * row + f, a * column + b * row + c, repeat_edge=False)
     fields = u[:, 6:].reshape(-1, 2, SIDE, SIDE)
-    dx, dy = alpha * gaussian_filter(fields, (0, 0, sigma, sigma), mode="reflect", truncate=3).transpose(1, 0, 2, 3)
+    dx, dy = alpha * gaussian_filter(
+        fields, (0, 0, sigma, sigma), mode="reflect", truncate=3
+    ).transpose(1, 0, 2, 3)
     return bilinear(y, row + dy, column + dx, repeat_edge=True)
 
 
@@ -200,7 +229,9 @@ def pixelate(x: np.ndarray, c: float, draw: Callable) -> np.ndarray:
     """Pillow's BOX resize to int(32 c) and back."""
     small = (int(SIDE * c),) * 2
     box = Image.Resampling.BOX
-    return np.stack([Image.fromarray(image).resize(small, box).resize((SIDE, SIDE), box) for image in x])
+    return np.stack(
+        [Image.fromarray(image).resize(small, box).resize((SIDE, SIDE), box) for image in x]
+    )
 
 
 def jpeg_compression(x: np.ndarray, c: int, draw: Callable) -> np.ndarray:
@@ -225,9 +256,14 @@ def spatter(x: np.ndarray, c: tuple[float, ...], draw: Callable) -> np.ndarray:
     for n, drops in enumerate(liquid):  # shaded by the distance to their outlines
         distance = cv2.distanceTransform(255 - cv2.Canny(drops, 50, 150), cv2.DIST_L2, 5)
         distance = cv2.equalizeHist(cv2.blur(np.minimum(distance, 20), (3, 3)).astype(np.uint8))
-        m[n] *= cv2.blur(cv2.filter2D(distance, cv2.CV_8U, np.array([[-2, -1, 0], [-1, 1, 1], [0, 1, 2]])), (3, 3))
+        m[n] *= cv2.blur(
+            cv2.filter2D(distance, cv2.CV_8U, np.array([[-2, -1, 0], [-1, 1, 1], [0, 1, 2]])),
+            (3, 3),
+        )
     m *= c[4] / np.maximum(m.max(axis=(1, 2), keepdims=True), 1)
-    turquoise = np.array([175, 238, 238]) / 255  # meant as B, G, R and added to R, G, B: the published slip is kept
+    turquoise = (
+        np.array([175, 238, 238]) / 255
+    )  # meant as B, G, R and added to R, G, B: the published slip is kept
     return x / 255 + m[..., None] * turquoise
 
 
@@ -272,7 +308,9 @@ def uniform(seed: int, name: str, severity: int, first: int, count: int, k: int)
     return np.random.Generator(bits).random((count, 4 * counts))[:, :k]
 
 
-def corrupt(images: np.ndarray, name: str, severity: int, seed: int, first_index: int = 0) -> np.ndarray:
+def corrupt(
+    images: np.ndarray, name: str, severity: int, seed: int = 0, first_index: int = 0
+) -> np.ndarray:
     """Corrupt images as CIFAR-C does, uint8 (N, 32, 32, 3) RGB to the same.
 
     Image i's draws depend on (seed, name, severity, first_index + i) alone: no chunk, process or restart changes a
@@ -300,14 +338,25 @@ def corrupt(images: np.ndarray, name: str, severity: int, seed: int, first_index
 
 @functools.cache
 def frost_photographs() -> list[np.ndarray]:
-    """The five frost photographs at a fifth of their size, uint8 (H, W, 3) RGB. Raises ValueError without them."""
-    package = importlib.util.find_spec("imagecorruptions")  # not imported: it needs more packages
-    if package is None:
-        raise ValueError("frost needs photographs: python -m pip install --no-deps imagecorruptions==1.1.2")
-    folder = Path(package.origin).parent / "frost"
-    files = ("frost1.png", "frost2.png", "frost3.png", "frost4.jpg", "frost5.jpg")
-    photographs = [cv2.imread(str(folder / file)) for file in files]
-    return [cv2.resize(photograph, (0, 0), fx=0.2, fy=0.2)[..., ::-1] for photograph in photographs]
+    """The five photographs of frost at a fifth of their size, uint8 (H, W, 3) RGB.
+
+    They are data files of the package imagecorruptions, whose code is never imported.
+    Raises UserError without them.
+    """
+    try:
+        package = importlib.metadata.distribution("imagecorruptions")
+        names = ("frost1.png", "frost2.png", "frost3.png", "frost4.jpg", "frost5.jpg")
+        files = [Path(package.locate_file(f"imagecorruptions/frost/{name}")) for name in names]
+        encoded = [np.frombuffer(file.read_bytes(), np.uint8) for file in files]
+    except (importlib.metadata.PackageNotFoundError, OSError):
+        from utils import UserError
+
+        raise UserError(
+            "frost needs photographs: python -m pip install --no-deps imagecorruptions==1.1.2"
+            " --force-reinstall"
+        ) from None
+    photographs = [cv2.imdecode(content, cv2.IMREAD_COLOR) for content in encoded]
+    return [cv2.resize(image, (0, 0), fx=0.2, fy=0.2)[..., ::-1] for image in photographs]
 
 
 def to_uint8(y: np.ndarray) -> np.ndarray:
@@ -338,7 +387,9 @@ def motion(x: np.ndarray, radius: int, sigma: float, degrees: np.ndarray) -> np.
     margin = 2 * radius
     columns = np.ceil(taps * np.cos(a) - 0.5).astype(int) + margin
     rows = np.ceil(taps * np.sin(a) - 0.5).astype(int) + margin
-    padded = np.pad(x, ((0, 0), (margin, margin), (margin, margin), (0, 0)), "edge").astype(np.float32)
+    padded = np.pad(x, ((0, 0), (margin, margin), (margin, margin), (0, 0)), "edge").astype(
+        np.float32
+    )
     y = np.zeros(x.shape, np.float32)
     for n in range(len(x)):
         for weight, row, column in zip(weights, rows[n], columns[n], strict=True):
@@ -401,9 +452,14 @@ def plasma(u: np.ndarray, decay: float) -> np.ndarray:
         noise, u = np.split(u, [3 * cells**2], axis=1)
         noise = wibble * wibble * (2 * noise.reshape(-1, 3, cells, cells) - 1)
         corners, centres = p[:, ::step, ::step], p[:, half::step, half::step]
-        across, down = corners + np.roll(corners, -1, axis=2), corners + np.roll(corners, -1, axis=1)
+        across, down = (
+            corners + np.roll(corners, -1, axis=2),
+            corners + np.roll(corners, -1, axis=1),
+        )
         centres[:] = (across + np.roll(across, -1, axis=1)) / 4 + noise[:, 0]
-        p[:, ::step, half::step] = (across + centres + np.roll(centres, 1, axis=1)) / 4 + noise[:, 1]
+        p[:, ::step, half::step] = (across + centres + np.roll(centres, 1, axis=1)) / 4 + noise[
+            :, 1
+        ]
         p[:, half::step, ::step] = (down + centres + np.roll(centres, 1, axis=2)) / 4 + noise[:, 2]
         wibble /= decay
     p -= p.min(axis=(1, 2), keepdims=True)
@@ -413,125 +469,132 @@ def plasma(u: np.ndarray, decay: float) -> np.ndarray:
 # The folder
 
 
-def generate(folder: Path, images: np.ndarray, labels: np.ndarray, record: dict, workers: int) -> int:
-    """Write every corruption of the clean images, uint8 (N, 32, 32, 3), and their labels, int (N,), into `folder`.
+def generate(
+    folder: Path, images: np.ndarray, labels: np.ndarray, record: dict, workers: int
+) -> int:
+    """Write the corruptions that `folder` lacks; returns how many were made.
 
-    `record` says all that the bytes depend on ("seed", "versions", ...) and becomes generated.json. Files that are
-    there are kept; returns how many were made. Raises ValueError where they were made otherwise or frost lacks its
-    photographs.
+    images uint8 (N, 32, 32, 3) are the clean test images, labels int (N,) theirs. `record` has all
+    that the pixels depend on ("seed", "versions", ...) and becomes generated.json. Raises UserError
+    if the folder's own record differs, a file cannot be written, or frost has no photographs.
     """
-    import utils
+    import data
+    from utils import UserError, atomic_write, read_json, write_json
 
     names = [f.__name__ for f in SEVERITIES if not (folder / f"{f.__name__}.npy").is_file()]
     if "frost" in names:
-        frost_photographs()  # fails now where there are none, not after minutes
+        frost_photographs()  # fail now, not after minutes
     if (folder / "generated.json").is_file():
-        there = utils.read_json(folder / "generated.json")
-        for key, value in record.items():
-            if there.get(key) != value and (key != "versions" or names):  # when all are there, versions may differ
-                made = "from other images" if key == "clean_sha256" else f"with {key} {there.get(key)}, not {value}"
-                raise ValueError(f"{folder} was made {made}; {REMEDY}")
-    elif any(folder.glob("*.npy")):
-        raise ValueError(f"{folder} holds the official set, or another that was not made here; add a corruption to it"
-                         " as <name>.npy, or name another folder with --data")  # fmt: skip
+        made_with = read_json(folder / "generated.json")
+        # The versions do not matter when nothing is to be made.
+        for key in record.keys() - (set() if names else {"versions"}):
+            if made_with.get(key) != record[key]:
+                differs = f"{key} {made_with.get(key)}, not {record[key]}"
+                raise UserError(f"{folder} was made with {differs}. {data.move_away(folder)}")
     else:
-        utils.write_json(folder / "generated.json", record)
+        write_json(folder / "generated.json", record)
     if not (folder / "labels.npy").is_file():
-        with utils.atomic_write(folder / "labels.npy") as file:
-            np.save(file, np.tile(labels.astype(np.min_scalar_type(labels.max())), 5))  # uint8, as in the official sets
-    chunks = list(itertools.product(names, range(1, 6), range(0, len(images), CHUNK)))
-    arguments = [(images[i : i + CHUNK], name, severity, record["seed"], i) for name, severity, i in chunks]
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker)
+        smallest = np.min_scalar_type(labels.max())  # uint8, as in the official sets
+        with atomic_write(folder / "labels.npy") as file:
+            np.save(file, np.tile(labels.astype(smallest), 5))
+    starts = range(0, len(images), CHUNK)
+    tasks = (
+        joblib.delayed(corrupt)(images[i : i + CHUNK], name, severity, record["seed"], i)
+        for name, severity, i in itertools.product(names, range(1, 6), starts)
+    )
+    parallel = joblib.Parallel(workers, return_as="generator", batch_size=1, max_nbytes=None)
+    total = len(names) * 5 * len(images)
     try:
-        # Ctrl-C in a terminal reaches all processes and is the parent's to handle: workers inherit that it is blocked.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        corrupted = pool.map(corrupt, *zip(*arguments, strict=True))
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        corrupted = iter(tqdm(corrupted, total=len(chunks), unit="chunk", disable=None))
-        for name in names:
-            whole = np.concatenate([next(corrupted) for _ in range(len(chunks) // len(names))])
-            with utils.atomic_write(folder / f"{name}.npy") as file:
-                np.save(file, whole)
-            tqdm.write(f"{name}: done")
+        with tqdm(total=total, unit="image", unit_scale=True, disable=None) as bar:
+            corrupted = parallel(tasks)
+            for name in names:
+                chunks = []
+                for chunk in itertools.islice(corrupted, 5 * len(starts)):
+                    chunks.append(chunk)
+                    bar.update(len(chunk))
+                with atomic_write(folder / f"{name}.npy") as file:
+                    np.save(file, np.concatenate(chunks))
+                tqdm.write(f"{name}: done")
     except BrokenProcessPool:
-        raise OSError("a worker process was killed (too little memory?); the same command goes on") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
+        raise UserError(
+            "a worker process was killed (too little memory?). The same command resumes; "
+            "with a smaller --workers it needs less memory"
+        ) from None
     return len(names)
 
 
-def start_worker() -> None:
-    """One thread for OpenCV, and no life after the parent's: a killed parent cannot tell its workers to end."""
-    cv2.setNumThreads(1)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
 def download(folder: Path, url: str, md5: str) -> None:
-    """Fetch the official archive, unpack it as `folder`, and leave an official.json of url and md5 there.
+    """Fetch the official archive and add the files that `folder` lacks.
 
-    Raises ValueError where the folder is there and is not the whole official set, OSError where there is no archive.
+    A new folder gets an official.json of url and md5. Raises UserError if anything fails.
     """
-    import data
-    import utils
+    from utils import UserError, torchvision, write_json
 
-    if data.is_whole(folder) and (folder / "official.json").is_file():
-        return
-    if folder.exists():
-        raise ValueError(f"{folder} is there, and not known to be the whole official set; {REMEDY}")
     archive, unpacked = Path(f"{folder}.tar"), Path(f"{folder}.unpacking")
-    tools = utils.import_torchvision().datasets.utils
+    fetch = torchvision.datasets.utils.download_and_extract_archive
     try:
-        tools.download_and_extract_archive(url, archive.parent, unpacked, archive.name, md5, remove_finished=True)
-    except Exception as error:  # the network and the archive can raise nearly anything
-        raise OSError(f"{url} cannot be had ({error}); try again, put that file at {archive} (it is unpacked"
-                      " and removed), or have the set made"
-                      " here (without --download; in run_all.sh, with --generate)") from error  # fmt: skip
-    utils.write_json(unpacked / folder.name / "official.json", {"url": url, "md5": md5})
-    os.replace(unpacked / folder.name, folder)  # the folder appears whole
-    unpacked.rmdir()
+        fetch(url, archive.parent, unpacked, archive.name, md5, remove_finished=True)
+        if folder.exists():
+            for file in (unpacked / folder.name).iterdir():
+                if not (folder / file.name).exists():
+                    shutil.move(file, folder)
+        else:
+            write_json(unpacked / folder.name / "official.json", {"url": url, "md5": md5})
+            (unpacked / folder.name).rename(folder)  # so the new folder is complete at once
+    except Exception as error:  # network, disk and archive can raise nearly anything
+        raise UserError(
+            f"downloading {url} failed ({error}). Try again, or fetch it by hand to {archive} (it is"
+            " unpacked and removed), or make the set here, without --download"
+        ) from error
+    finally:
+        shutil.rmtree(unpacked, ignore_errors=True)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse the flags, then write or fetch the folder."""
-    import joblib  # comes with scikit-learn; knows the cores of a job or container, where os counts all
-
+    """Make or download a corrupted test set, or keep the one that exists."""
     import data
-    import utils
+    from utils import Parser, number
 
-    parser = utils.Parser(description="Write a CIFAR-C folder: test images under 19 corruptions at five severities.")
+    parser = Parser(
+        description="Make a CIFAR-C folder: the test images under 19 corruptions at five severities."
+    )
     add = parser.add_argument
-    add("--dataset", default="cifar10", help="whose test images: cifar10, cifar100, digits or the path of an .npz file")
-    add("--data", type=Path, default=Path("data"), help="folder of the data sets; CIFAR-10-C and so on are made in it")
-    add("--seed", type=utils.number(int, low=0), default=0, help="of all random draws")
-    add("--workers", type=utils.number(int, low=1), default=joblib.cpu_count(),
-        help="processes, by default one for each core that it may use; no pixel depends on it")
-    add("--download", action="store_true", help="fetch the official set instead (2.9 GB)")
+    add(
+        "--dataset", default="cifar10", help="cifar10, cifar100, digits or the path of an .npz file"
+    )
+    add("--data", type=Path, default=Path("data"), help="folder of the data sets")
+    add("--seed", type=number(int, low=0), default=0, help="seed of all random draws")
+    add("--workers", type=number(int, low=1), default=joblib.cpu_count(),
+        help="processes, by default one per available core; pixels do not depend on it")  # fmt: skip
+    add("--download", action="store_true", help="fetch the official set (2.9 GB) if none exists")
     args = parser.parse_args(argv)
-    if args.download:
-        if args.dataset not in OFFICIAL:
-            raise ValueError(f"--download: there is no official corrupted set of {args.dataset}; leave the flag out")
-        folder = data.corrupted_folder(args.dataset, args.data)
-        download(folder, *OFFICIAL[args.dataset])
-        print(f"{folder}: the official set")
-        return
-    clean = data.load_dataset(args.dataset, args.data)
+    if args.download and args.dataset not in OFFICIAL:
+        parser.error(f"--download: {args.dataset} has no official corrupted set; omit the flag")
+    clean = data.load_dataset(args.dataset, args.data, need_train=False)
     folder = data.corrupted_folder(clean.name, args.data)
-    images = np.ascontiguousarray(clean.test_images.permute(0, 2, 3, 1).numpy())
-    libraries = {"numpy": np, "scipy": scipy, "opencv": cv2, "pillow": PIL}
-    record = {
-        "dataset": clean.name,
-        "source": clean.source,
-        "seed": args.seed,
-        "clean_sha256": data.sha256(clean.test_images),
-        "versions": {name: library.__version__ for name, library in libraries.items()},
-    }
-    made = generate(folder, images, clean.test_labels.numpy(), record, args.workers)
-    kept = len(SEVERITIES) - made
-    print(f"{folder}: {made} corruptions of {len(images)} images made with seed {args.seed}, {kept} kept")
+    data.check_place(folder, [f"{name}.npy" for name in data.CORRUPTIONS])
+    made_here = data.corruption_source(clean.name, args.data) == "generated"
+    if not args.download and (made_here or not any(folder.glob("*.npy"))):
+        libraries = {"numpy": np, "scipy": scipy, "opencv": cv2, "pillow": PIL}
+        record = {
+            "dataset": clean.name,
+            "source": clean.source,
+            "seed": args.seed,
+            "clean_sha256": data.images_sha256(clean.test_images),
+            "versions": {name: library.__version__ for name, library in libraries.items()},
+        }
+        images = clean.test_images.permute(0, 2, 3, 1).contiguous().numpy()
+        made = generate(folder, images, clean.test_labels.numpy(), record, args.workers)
+        kept = len(SEVERITIES) - made
+        print(f"{folder}: {made} corruptions of {len(images)} images made, {kept} kept")
+    elif args.download and not made_here and not data.is_complete(folder):
+        download(folder, *OFFICIAL[args.dataset])
+    data.check_corrupted(clean, args.data)
+    print(f"{folder}: complete, {data.corruption_source(clean.name, args.data)}")
 
 
 if __name__ == "__main__":
+    import corruptions  # by this name the workers import `corrupt`
     from utils import run_main
 
-    sys.exit(run_main(main))
+    sys.exit(run_main(corruptions.main))
