@@ -60,6 +60,27 @@ run_one() {
   printf '%s\t%s\n' "$code" "$folder"
 }
 
+# Reads what run_one prints, for each run; at the end prints the tables, then the failed runs
+report() {
+  local count=0 code=0 failures="" status folder outcome number
+  while IFS=$'\t' read -r status folder; do
+    outcome=finished
+    if ((status)); then
+      outcome=failed code=1
+      failures+="failed: $folder: $(tail -n 1 "$folder/output.log" 2>&1) (log: $folder/output.log)"$'\n'
+    fi
+    echo "[$((++count))/$total] $folder: $outcome"
+  done
+  for number in $tables; do "$python" tables.py "$ROOT" --table $number || code=1; done
+  if [[ $part == demo ]]; then
+    "$python" tables.py "$ROOT" || code=1
+    "$python" figures.py "$ROOT" --dataset digits --arch resnet20 --out "$ROOT/figures" >/dev/null &&
+      echo "Clean and corrupted accuracy: $ROOT/figures/figure5.png" || code=1
+  fi
+  printf %s "$failures"
+  return $code
+}
+
 # All checks and tests, also after one has failed
 run_tests() {
   local code=0 check workers="-n 2 --dist loadfile"
@@ -141,27 +162,10 @@ done
 mkdir -p "$ROOT" && [[ -w $ROOT ]] || die "cannot write to ROOT=$ROOT"
 cores=$(nproc)
 [[ $DEVICE == cuda ]] || export OMP_NUM_THREADS=$((cores > GPUS ? cores / GPUS : 1))
-total=$(wc -l <<<"$lines") count=0 code=0 failures=""
+total=$(wc -l <<<"$lines")
 read -r _ _ _ _ group _ </proc/$$/stat
 echo "run_all.sh: $total runs, $GPUS at a time, each with output.log in its folder." \
   "To stop: Ctrl-C, or kill -- -$group"
 export -f run_one
 # shellcheck disable=SC2016 # bash -c expands its $1
-while IFS=$'\t' read -r status folder; do
-  outcome=finished
-  if ((status)); then
-    outcome=failed code=1
-    failures+="failed: $folder: $(tail -n 1 "$folder/output.log" 2>&1) (log: $folder/output.log)"$'\n'
-  fi
-  echo "[$((++count))/$total] $folder: $outcome"
-done < <(xargs -d '\n' -n 1 -P $GPUS --process-slot-var=SLOT bash -c 'run_one "$1"' bash <<<"$lines")
-((count == total)) || code=1 # xargs was killed
-
-for number in $tables; do "$python" tables.py "$ROOT" --table $number || code=1; done
-if [[ $part == demo ]]; then
-  "$python" tables.py "$ROOT" || code=1
-  "$python" figures.py "$ROOT" --dataset digits --arch resnet20 --out "$ROOT/figures" >/dev/null &&
-    echo "Clean and corrupted accuracy: $ROOT/figures/figure5.png" || code=1
-fi
-printf %s "$failures"
-exit $code
+xargs -d '\n' -n 1 -P $GPUS --process-slot-var=SLOT bash -c 'run_one "$1"' bash <<<"$lines" | report || exit 1

@@ -1,351 +1,490 @@
-"""run_all.sh: its list against the published tables, what setup installs, and how the list is worked through.
+"""run_all.sh's list against the published tables, how it works through the list, and setup.sh.
 
-The last is tried with stand-ins for the scripts, which note their calls; one run at the end is real.
+PYTHON, nvidia-smi and other programs are stubs that note how they were called; nothing is trained.
 """
 
 import itertools
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from train import parse_args
 
-ROOT = Path(__file__).resolve().parent.parent
-STAND_IN = """
-import json, os, sys, time
-from pathlib import Path
-def note(*words):
-    with open("calls", "a") as calls: calls.write(json.dumps([*map(str, words)]) + "\\n")
-# torch
-device, dtype, OutOfMemoryError = object, object, MemoryError
-class nn: Module = object
-class optim: SGD = object
-class cuda: device_count = staticmethod(lambda: int(os.environ.get("GPUS", 0)))
-# data.py
-CORRUPTIONS = ("fog", "snow")
-class load_dataset:
-    def __init__(self, name, root):
-        self.name = Path(name).stem
-        note("load", name)
-        if "OFFLINE" in os.environ: raise OSError(f"no whole {name}")
-def corrupted_folder(name, root): return Path(root, name + "-C")
-def is_whole(folder): return all((folder / f"{name}.npy").is_file() for name in (*CORRUPTIONS, "labels"))
-# corruptions.py
-OFFICIAL = ("cifar10", "cifar100")
-def main(argv):
-    note("corruptions", *argv)
-    folder = Path("data", Path(argv[1]).stem + "-C")
-    folder.mkdir()
-    for name in (*CORRUPTIONS, "labels"): (folder / f"{name}.npy").touch()
-# evaluate.py
-def check_results(content):
-    if "mca" not in content["best"]: raise ValueError("of an older form")
-# train.py
-def differing(config, theirs):
-    free = {"device", "resume", "out"} | ({"sigma_max"} - theirs.keys())
-    return [key for key in config if key not in free and theirs.get(key) != config[key]]
-def parse_args(argv):
-    import utils
-    parser = utils.Parser()
-    flags = "method dataset arch seed device out epochs batch-size lr n eval-every lambda1 lambda2 sigma-max"
-    for flag in flags.split():
-        parser.add_argument("--" + flag)
-    for flag in ("resume", "recompute"): parser.add_argument("--" + flag, action="store_true")
-    return parser.parse_args(argv)
-if __name__ == "__main__" and sys.argv[0] == "train.py":
-    args, start, folder = parse_args(sys.argv[1:]), time.monotonic(), Path(sys.argv[sys.argv.index("--out") + 1])
-    folder.mkdir(parents=True, exist_ok=True)
-    trouble = os.environ.get(args.method)
-    if trouble == "fail": sys.exit("train.py: out of luck")
-    if trouble == "kill": os.kill(os.getpid(), 9)
-    if trouble == "hang": note("hang", os.getpid()), time.sleep(60)
-    time.sleep(float(os.environ.get("NAP", 0)))
-    (folder / "config.json").write_text(json.dumps(vars(args)))
-    note("train", args.out, os.environ.get("CUDA_VISIBLE_DEVICES"), start, time.monotonic(), args.resume)
-elif __name__ == "__main__" and sys.argv[0].endswith(".py"):
-    note(Path(sys.argv[0]).stem, *sys.argv[1:])
-    if sys.argv[0] == "evaluate.py":
-        Path(sys.argv[1], "results.json").write_text('{"best": {"mca": 1}, "last": {"mca": 1}, "limit": null}')
+TOOLS = ["awk", "bash", "cat", "cksum", "cp", "cut", "date", "dirname", "grep", "mkdir", "nproc",
+         "realpath", "sed", "sleep", "tail", "touch", "tr", "wc", "xargs"]  # fmt: skip
+METHODS = ("standard", "augmix", "magnma")
+# Notes GPU, threads, start, end and words of each call. FAIL and KILL name a method, BROKEN a script.
+PYTHON = r"""#!/bin/bash
+start=$(date +%s.%N)
+case "$*" in
+  "train.py --help") [[ ! ${BARE:-} ]] || { echo "No module named 'torch'" >&2; exit 1; }; exit ;;
+  *xdist*) [[ ! ${NO_XDIST:-} ]]; exit ;;
+  *"--method ${KILL:-no} "*) kill -9 $$ ;;
+  *"--method ${FAIL:-no} "*) echo "Epoch 1"; echo "train.py: out of luck" >&2; exit 2 ;;
+  train.py*) [[ ! ${HANG:-} ]] || { echo "hang $$" >>"$CALLS"; exec sleep 600; } ;;
+  evaluate.py*) touch "$2/results.json" ;;
+  tables.py*) echo "a table" ;;
+esac
+sleep "${NAP:-0}"
+echo "${CUDA_VISIBLE_DEVICES-} ${OMP_NUM_THREADS-} $start $(date +%s.%N) $*" >>"$CALLS"
+[[ $1 != "${BROKEN:-no}" ]] || { echo "$1: broken" >&2; exit 1; }
 """
 
 
-def bash(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    """`bash run_all.sh <arguments>` with this Python, started from elsewhere."""
-    return subprocess.run(["bash", folder / "run_all.sh", *arguments], cwd="/", capture_output=True, text=True,
-                          timeout=240, env=os.environ | {"PYTHON": sys.executable} | environment)  # fmt: skip
+def program(path: Path, text: str) -> None:
+    path.write_text(text if text.startswith("#!") else f"#!/bin/bash\n{text}\n")
+    path.chmod(0o755)
 
 
 @pytest.fixture
-def project(tmp_path: Path) -> Path:
-    """run_all.sh and stand-ins, in a folder with a space in its name."""
+def project(tmp_path: Path, root: Path) -> Path:
+    """A copy of the shell scripts in a folder with a space; bin/ is all of PATH, without a GPU."""
     folder = tmp_path / "the project"
-    folder.mkdir()
-    for name in ("run_all.sh", "requirements.txt", "utils.py"):
-        shutil.copy(ROOT / name, folder)
-    for name in ("torch", "data", "corruptions", "train", "evaluate", "tables", "figures"):
-        (folder / f"{name}.py").write_text(STAND_IN)
+    for name in ("run_all.sh", "setup.sh", "requirements.txt", "paper/runs.txt", ".ci/run"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(root / name, folder / name)
+    (folder / "bin").mkdir()
+    for tool in TOOLS:
+        (folder / "bin" / tool).symlink_to(shutil.which(tool))
+    program(folder / "bin/py thon", PYTHON)
     return folder
 
 
-def calls(folder: Path, what: str = "") -> list[list[str]]:
-    """What the stand-ins noted since the last look, or what `what` did."""
-    lines = (folder / "calls").read_text().splitlines() if (folder / "calls").exists() else []
-    (folder / "calls").unlink(missing_ok=True)
-    return [words for words in map(json.loads, lines) if what in ("", words[0])]
+def variables(project: Path, changes: dict[str, str]) -> dict[str, str]:
+    python, calls = str(project / "bin/py thon"), str(project / "calls")
+    return {"PATH": str(project / "bin"), "PYTHON": python, "CALLS": calls, **changes}
 
 
-def listed(*arguments: str) -> list[tuple[str, list[str], list[str]]]:
-    """(number, flags of train.py, arguments of evaluate.py) of each line of the list."""
-    lines = [line.split("\t") for line in bash(ROOT, "list", *arguments, PYTHON="/a b/python").stdout.splitlines()]
-    words = [(number, shlex.split(command)) for number, command in lines]
-    assert all(w[:2] + w[w.index("&&") + 1 :][:2] == ["/a b/python", "train.py", "/a b/python", "evaluate.py"]
-               for _, w in words)  # fmt: skip
-    return [(number, w[2 : w.index("&&")], w[w.index("&&") + 3 :]) for number, w in words]
+def bash(project: Path, *words: str, **changes: str) -> subprocess.CompletedProcess:
+    """Run `bash run_all.sh WORDS` (or `bash FILE WORDS`) with environment variables."""
+    if not words or not words[0].endswith((".sh", "run")):
+        words = ("run_all.sh", *words)
+    return subprocess.run(
+        ["bash", project / words[0], *words[1:]],
+        env=variables(project, changes),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
 
 
-def published(tables: str) -> set[tuple[str, str, str]]:
-    """(data set, network, column) of every cell of published tables; Table 5's columns are its rows."""
+def calls(project: Path, script: str = "") -> list[list[str]]:
+    """[GPU, threads, start, end, script, arguments ...] of the calls noted since the last look."""
+    path = project / "calls"
+    lines = path.read_text().splitlines() if path.exists() else []
+    path.unlink(missing_ok=True)
+    return [words for words in (line.split(" ") for line in lines) if script in (*words[4:5], "")]
+
+
+def commands(project: Path, *part: str, **changes: str) -> list[list[str]]:
+    """The words of each line that `list` prints."""
+    done = bash(project, "list", *part, **changes)
+    assert (done.returncode, done.stderr) == (0, "")
+    return [shlex.split(line) for line in done.stdout.splitlines()]
+
+
+def run_of(words: list[str]) -> tuple[str, str, str]:
+    """(data set, network, column of paper/tables.json) of a command."""
+    args = parse_args(words[2 : words.index("&&")])
+    column = args.method
+    if args.method == "magnma":
+        column += f" {args.lambda1:g} {args.lambda2:g} {args.sigma_max:g} {args.beta:g}"
+    return args.dataset, args.arch, column
+
+
+def published(root: Path, tables: str) -> set[tuple[str, str, str]]:
+    """(data set, network, column) of each published cell; a row of Table 5 is a column here."""
+    content = json.loads((root / "paper/tables.json").read_text())["tables"]
     cells = set()
     for table in tables:
-        for row, columns in json.loads((ROOT / "paper" / "tables.json").read_text())["tables"][table].items():
+        for row, columns in content[table].items():
             dataset, arch, rest = row.split("/")
-            cells |= {(dataset, arch, column) for column in ([rest] if table == "5" else columns)}
+            cells |= {(dataset, arch, name) for name in ([rest] if table == "5" else columns)}
     return cells
 
 
-def place(args: object) -> tuple[str, str, str]:
-    values = f" {args.lambda1:g} {args.lambda2:g} {args.sigma_max:g} {args.beta:g}" if args.method == "magnma" else ""
-    return args.dataset, args.arch, args.method + values
+# The list
 
 
-def test_list_is_every_run_of_every_published_table_once_at_the_papers_recipe() -> None:
-    lines = listed()
-    runs = [parse_args(flags) for _, flags, _ in lines]
-    assert [number for number, _, _ in lines] == [str(k + 1) for k in range(144)]
-    assert len({args.out for args in runs}) == 144
-    for seed in range(3):  # outermost
-        assert {place(args) for args in runs[48 * seed : 48 * seed + 48] if args.seed == seed} == published("12345")
-    assert [place(args) for args in runs[:3]] == [
-        ("cifar10", "resnet18", method) for method in ("standard", "augmix", "magnma 0.2 0.3 0.2 1")
-    ]  # fmt: skip
-    usual = {"--resume", "--recompute", "--dataset", "--arch", "--method", "--seed", "--device", "--out"}
-    for args, (_, flags, evaluated) in zip(runs, lines, strict=True):
-        assert {flag for flag in flags if flag[:2] == "--"} <= usual | {"--lambda1", "--lambda2", "--sigma-max"}
-        assert (args.resume, args.recompute) == (True, args.arch != "resnet18")
-        assert evaluated == [args.out, "--device", "cuda"]
-        assert args.out == parse_args(flags[: flags.index("--out")]).out  # where train.py itself would put it
+def test_all_is_each_published_run_once_with_each_seed(project: Path, root: Path) -> None:
+    lines = commands(project)
+    assert len(lines) == 144
+    for seed in range(3):  # the outer loop
+        part = lines[48 * seed : 48 * seed + 48]
+        assert {words[words.index("--seed") + 1] for words in part} == {str(seed)}
+        assert {run_of(words) for words in part} == published(root, "12345")
+        assert [run_of(words)[:2] for words in part[:3]] == [("cifar10", "resnet18")] * 3
+        assert [words[words.index("--method") + 1] for words in part[:3]] == [*METHODS]
+
+
+def test_folders_and_flags_of_the_list(project: Path) -> None:
+    own = {"--dataset", "--arch", "--method", "--tag", "--seed", "--device", "--out", "--resume"}
+    folders = set()
+    for words in commands(project):
+        flags = words[2 : words.index("&&")]
+        used = {flag for flag in flags if flag[:2] == "--"}
+        assert used <= own | {"--lambda1", "--lambda2", "--sigma-max"}  # else the paper's values
+        args = parse_args(flags)
+        name = f"{args.method}-{args.tag}" if args.tag else args.method
+        assert args.out == f"runs/{args.dataset}/{args.arch}/{name}/seed{args.seed}"
+        folders.add(args.out)
+    assert len(folders) == 144
 
 
 @pytest.mark.parametrize("table", "12345")
-def test_each_table_has_its_own_runs(table: str) -> None:
-    runs = [parse_args(flags) for _, flags, _ in listed(f"table{table}", "--seeds", "0")]
-    assert sorted(map(place, runs)) == sorted(published(table))
+def test_each_table_has_its_runs_and_no_others(project: Path, root: Path, table: str) -> None:
+    runs = [run_of(words) for words in commands(project, f"table{table}", SEEDS="0")]
+    assert sorted(runs) == sorted(published(root, table))
 
 
-def test_flags_of_the_list() -> None:
-    assert {parse_args(flags).seed for _, flags, _ in listed("headline", "--seeds", "7, 3")} == {3, 7}
-    ((number, flags, evaluated),) = listed("table3", "--only", "5", "--root", "a b", "--cpu", "--", "--n", "1")
-    args = parse_args(flags)
-    assert (number, args.method, args.n, args.device, args.out) == ("5", "trades", 1, "cpu", evaluated[0])
-    assert evaluated == ["a b/cifar10/resnet18/trades/seed0", "--device", "cpu"]
-    ((_, flags, evaluated),) = listed("headline", "--only", "1", "--root", "test", "--cpu")
-    assert (parse_args(flags).device, evaluated[0]) == ("cpu", "test/cifar10/resnet18/standard/seed0")
+def test_nine_is_a_part_of_its_own(project: Path) -> None:
+    lines = commands(project, "nine")
+    assert len(lines) == 12
+    assert {run_of(words) for words in lines} == {
+        (dataset, "resnet18", f"magnma {values}")
+        for dataset in ("cifar10", "cifar100")
+        for values in ("0.2 0.3 0.2 1", "0 5 0.2 1")
+    }
+    assert all(words[words.index("--operations") + 1] == "augmix" for words in lines)
+    assert len({words[words.index("--out") + 1] for words in lines}) == 12
+
+
+def test_the_demos_list(project: Path) -> None:
+    lines = commands(project, "demo")
+    assert [words[words.index("--out") + 1] for words in lines] == [
+        f"runs-demo/digits/resnet20/{method}/seed0" for method in METHODS
+    ]
+    args = parse_args(lines[2][2 : lines[2].index("&&")])
+    assert (args.dataset, args.arch, args.device, args.epochs, args.n) == (
+        *("digits", "resnet20", "cpu", 8, 1),
+    )
+
+
+def test_settings_reach_the_commands(project: Path) -> None:
+    settings = {"SEEDS": "7 3", "ROOT": "a b/r*", "PYTHON": "/c d/python", "DEVICE": "cpu"}
+    lines = commands(project, "headline", **settings, FLAGS="--epochs 1 --n 2")
+    assert [words[words.index("--seed") + 1] for words in lines] == list("777333")
+    folder = "a b/r*/cifar10/resnet18/standard/seed7"
+    assert " ".join(lines[0]) == (
+        "/c d/python train.py --dataset cifar10 --arch resnet18 --method standard --seed 7"
+        f" --device cpu --epochs 1 --n 2 --out {folder} --resume && {{ [ -e {folder}/results.json ]"
+        f" || /c d/python evaluate.py {folder} --device cpu; }}"
+    )
+
+
+def test_list_needs_neither_packages_nor_gpu_and_one_line_of_it_is_a_job(project: Path) -> None:
+    done = bash(project, "list", "table3", PYTHON="", GPUS="8")  # setup.sh would find no python3
+    assert done.stdout.count(".venv/bin/python train.py") == 27
+    job = "bash run_all.sh list table3 | sed -n 5p | bash"
+    folder = "runs/cifar10/resnet18/trades/seed0"
+    (project / folder).mkdir(parents=True)  # as train.py does
+    for scripts in (["train.py", "evaluate.py"], ["train.py"]):  # results.json exists then
+        subprocess.run(["bash", "-c", job], cwd=project, env=variables(project, {}), check=True)
+        made = calls(project)
+        assert [words[4] for words in made] == scripts
+        assert all(folder in words for words in made)
+
+
+# Mistakes
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("words", "settings", "message"),
     [
-        ("table 3", "unknown part or flag 'table'"),
-        ("--frobnicate", "unknown part or flag '--frobnicate'"),
-        ("table3 table4", "one part at a time"),
-        ("--only 145", "--only 145: the list has lines 1 to 144"),
-        ("table3 --seeds 0 --only 0", "--only 0: the list has lines 1 to 9"),
-        ("--root --cpu", "--root needs a value"),
-        ("--gpus 0", "--gpus takes a number"),
-        ("--seeds 0-2", "--seeds takes numbers"),
-        ("--root ./runs/ -- --epochs 1", "name a folder for them, as --root runs-quick"),
-        ("--root r -- --seed=1", "--seed=1"),
-        ("--root r --cpu -- --epoch 1", "run_all.sh: unrecognized arguments: --epoch 1"),
-        ("table3", "run_all.sh: --gpus 1: torch sees 0 GPUs here"),
+        ("table 3", {}, "unknown part 'table'"),
+        ("table6", {}, "unknown part 'table6'"),
+        ("table3 table4", {}, "too many words: 'table3 table4'"),
+        ("test table3", {}, "too many words: 'table3'"),
+        ("table3", {"SEEDS": "0-2"}, "SEEDS takes numbers"),
+        ("table3", {"GPUS": "0"}, "GPUS takes a number"),
+        ("table3", {"DEVICE": "gpu"}, "DEVICE is cuda or cpu"),
+        ("list", {"FLAGS": "--n 1"}, "Name another folder than runs"),
+        ("table3", {"FLAGS": "--n 1", "ROOT": "x/../runs/"}, "Name another folder than runs"),
+        ("table3", {"FLAGS": "--seed=1", "ROOT": "x"}, "run_all.sh sets this flag itself"),
+        ("table3", {}, "no NVIDIA GPU found. DEVICE=cpu"),
+        ("table3", {"CUDA_VISIBLE_DEVICES": ""}, "no NVIDIA GPU found. DEVICE=cpu"),
+        ("table3", {"CUDA_VISIBLE_DEVICES": "NoDevFiles"}, "no NVIDIA GPU found. DEVICE=cpu"),
+        ("table3", {"CUDA_VISIBLE_DEVICES": "4,5", "GPUS": "3"}, "GPUS=3 is more than the 2"),
+        ("table3", {"DEVICE": "cpu", "BARE": "1"}, "lacks packages of requirements.txt (No module"),
+        ("table3", {"DEVICE": "cpu", "PYTHON": "/nowhere/python"}, "lacks packages of require"),
+        ("table3", {"DEVICE": "cpu", "ROOT": "run_all.sh/x"}, "cannot write to ROOT=run_all.sh/x"),
     ],
 )
-def test_mistakes_are_one_line_and_exit_code_2(project: Path, arguments: str, message: str) -> None:
-    done = bash(project, *arguments.split())
+def test_mistakes_are_named_before_the_first_run(
+    project: Path, words: str, settings: dict[str, str], message: str
+) -> None:
+    done = bash(project, *words.split(), **settings)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr.splitlines()[-1]
+    assert done.stderr.count("\n") == 1 + ("ROOT=run_all" in message)  # mkdir says why
+    assert calls(project, "train.py") == []
+
+
+def test_another_xargs_is_refused(project: Path) -> None:
+    (project / "bin/xargs").unlink()
+    program(project / "bin/xargs", 'echo "xargs: illegal option -- -" >&2; exit 1')  # macOS
+    done = bash(project, "table3", DEVICE="cpu")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert message in done.stderr
-    assert calls(project) == []
+    assert "bash 4 and GNU xargs are needed" in done.stderr
 
 
 @pytest.mark.parametrize(
-    ("gpus", "old"),
-    [("535.104.05, 9.0", True), ("580.65, 8.0\\n580.65, 7.0", True), ("470.1", True), ("580.65, 7.5", False),
-     ("", False), ("570.86, 12.0", None)],  # None: too new for the one, its driver too old for the other
-)  # fmt: skip
-def test_setup_installs_what_the_gpus_need_once(project: Path, gpus: str, old: bool | None) -> None:
-    stand_ins = {
-        "python3": """case "$*" in
-          "-m venv .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
-          *pip*) [[ ${PIP_FAILS:-} ]] && exit 1
-            sleep 0.2; echo "${@:6}" >>pips; [[ $6 == -r ]] && cat "$7" >>pips; true ;;
-        esac""",
-        # without the comma it is one that is too old to know of compute_cap
-        "nvidia-smi": f'[[ "{gpus}" && ("{gpus}" == *,* || $1 != *compute_cap) ]] && echo -e "{gpus}"',
-    }
-    for name, text in stand_ins.items():
-        (project / name).write_text("#!/bin/bash\n" + text)
-        (project / name).chmod(0o755)
-    setup = ["bash", project / "run_all.sh", "setup"]
-    environment = os.environ | {"PYTHON": "", "PATH": f"{project}:{os.environ['PATH']}"}
-    assert subprocess.run(setup, env=environment | {"PIP_FAILS": "1"}).returncode == 2
-    assert not (project / ".venv" / "installed").exists()
-    if old is None:
-        done = subprocess.run(setup, env=environment, capture_output=True, text=True)
-        assert (done.returncode, done.stderr.count("\n"), (project / "pips").exists()) == (2, 1, False)
-        assert done.stderr.endswith("; update the driver\n")
-        return
-    together = [subprocess.Popen(setup, env=environment) for _ in range(2)]
-    assert [process.wait(60) for process in together] == [0, 0]
-    pips = (project / "pips").read_text().splitlines()
-    index = "--index-url https://download.pytorch.org/whl/cu126"
-    assert (pips[0] == f"torch==2.7.1 torchvision==0.22.1 {index}") == old
-    assert any(line.startswith("torch==2.13") for line in pips) != old
-    assert sum(line.startswith("torchmetrics==") for line in pips) == 1
-    assert pips[-1] == "--no-deps imagecorruptions==1.1.2"
-    with open(project / "requirements.txt", "a") as file:
-        file.write("six==1\n")
-    assert subprocess.run(setup, env=environment).returncode == 0
-    assert "six==1" in (project / "pips").read_text()
+    ("shown", "allowed"),
+    [("0\n1", True), ("0", False), ("NVIDIA-SMI has failed because 1\n2 reasons", False)],
+)
+def test_gpus_are_counted_by_nvidia_smi(project: Path, shown: str, allowed: bool) -> None:
+    program(project / "bin/nvidia-smi", f'echo "{shown}"')
+    done = bash(project, "headline", SEEDS="0", GPUS="2")
+    assert done.returncode == (0 if allowed else 2)
+    assert len(calls(project, "train.py")) == (3 if allowed else 0)
 
 
-def test_failed_killed_and_finished_runs_and_the_same_command_again(project: Path) -> None:
-    command = ("headline", "--seeds", "0", "--generate")
-    done = bash(project, *command, GPUS="1", standard="fail", augmix="kill")
-    assert done.returncode == 1
-    assert "[3/3] runs/cifar10/resnet18/magnma/seed0: finished after" in done.stdout
-    *_, standard, augmix = done.stdout.splitlines()
-    folder = "runs/cifar10/resnet18/standard/seed0"
-    assert standard == f"failed: {folder}: train.py: out of luck (log: {folder}/output.log)"
-    assert augmix.startswith("failed: runs/cifar10/resnet18/augmix/seed0")
-    first = calls(project)
-    assert first[:2] == [["load", "cifar10"], ["corruptions", "--dataset", "cifar10"]]
-    assert [words[0] for words in first[2:]] == ["train", "evaluate", "tables", "tables"]
-
-    done = bash(project, *command, GPUS="1", magnma="fail")  # it is finished
-    assert done.returncode == 0, done.stdout + done.stderr
-    second = calls(project)
-    trained = [words for words in second if words[0] == "train"]
-    assert [words[1].split("/")[3] for words in trained] == ["standard", "augmix"]
-    assert {words[-1] for words in trained} == {"True"}  # --resume
-    assert second[-2:] == [["tables", "runs", "--table", "1"], ["tables", "runs", "--table", "2"]]
-    assert not any(words[0] == "corruptions" for words in second)
-    old = '{"best": {"x": 1}, "last": {"x": 1}, "limit": null}'
-    for method, text in (("magnma", '{"best": {"mca"'), ("augmix", old)):
-        (project / f"runs/cifar10/resnet18/{method}/seed0/results.json").write_text(text)
-    config = project / "runs/cifar10/resnet18/standard/seed0/config.json"  # before flags of another method, and its own
-    config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "sigma_max"}))
-    assert bash(project, *command, GPUS="1").returncode == 0
-    assert [words[1].split("/")[3] for words in calls(project, "train")] == ["augmix", "magnma"]
-    config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "dataset"}))
-    assert bash(project, *command, GPUS="1").returncode == 0
-    assert [words[1].split("/")[3] for words in calls(project, "train")] == ["standard"]
-    assert bash(project, *command).returncode == 0  # nothing is left that needs a GPU
+# The runs
 
 
-def test_two_at_a_time_each_with_a_gpu_of_its_own(project: Path) -> None:
-    for seed, visible, wanted in (("0", "5,3,9", {"5", "3"}), ("1", "", {"0", "1"})):
-        environment = {"GPUS": "2", "NAP": "0.5", "CUDA_VISIBLE_DEVICES": visible}
-        done = bash(project, "headline", "--seeds", seed, "--gpus", "2", **environment)
-        trained = calls(project, "train")
-        assert (done.returncode, len(trained), {words[2] for words in trained}) == (0, 3, wanted)
-        spans = sorted((float(start), float(end), gpu) for _, _, gpu, start, end, _ in trained)
-        assert any(a[1] > b[0] for a, b in itertools.pairwise(spans))  # at the same time
-        for gpu in wanted:
-            own = [span for span in spans if span[2] == gpu]
-            assert all(a[1] <= b[0] for a, b in itertools.pairwise(own))
+def test_failed_and_killed_runs_are_named_after_the_tables_and_repeated(project: Path) -> None:
+    settings = {"SEEDS": "0", "DEVICE": "cpu", "ROOT": "a b"}
+    done = bash(project, "headline", **settings, FAIL="standard", KILL="augmix")
+    folder = "a b/cifar10/resnet18"
+    assert (done.returncode, done.stderr) == (1, "")
+    start, *lines = done.stdout.splitlines()
+    assert start.startswith("run_all.sh: 3 runs, 1 at a time")
+    failed, killed = lines.pop(-2), lines.pop(-1)
+    assert lines == [
+        f"[1/3] {folder}/standard/seed0: failed",
+        f"[2/3] {folder}/augmix/seed0: failed",
+        f"[3/3] {folder}/magnma/seed0: finished",
+        *["a table"] * 2,
+    ]
+    log = f"(log: {folder}/standard/seed0/output.log)"
+    assert failed == f"failed: {folder}/standard/seed0: train.py: out of luck {log}"
+    assert killed.startswith(f"failed: {folder}/augmix/seed0: ")
+    assert "Killed" in killed
+    made = [words[4:] for words in calls(project)]
+    assert made[0] == ["corruptions.py", "--dataset", "cifar10", "--download"]
+    assert [words[0] for words in made[1:3]] == ["train.py", "evaluate.py"]
+    assert made[3:] == [["tables.py", "a", "b", "--table", table] for table in "12"]
 
-
-def test_one_line_alone_and_half_of_the_list_by_hand(project: Path) -> None:
-    assert bash(project, "table3", "--only", "4", "--cpu").returncode == 0
-    done = calls(project)
-    assert [words[:2] for words in done[2:]] == [[s, "runs/cifar10/resnet18/at/seed0"] for s in ("train", "evaluate")]
-    half = "bash run_all.sh list headline | awk 'NR % 2 == 0' | cut -f 2 | bash"
-    assert subprocess.run(half, shell=True, cwd=project, env=os.environ | {"PYTHON": sys.executable}).returncode == 0
-    assert len(calls(project, "evaluate")) == 4
-
-
-def test_flags_behind_two_dashes_reach_every_run_and_runs_of_other_flags_are_not_skipped(project: Path) -> None:
-    command = ("headline", "--seeds", "0", "--cpu", "--gpus", "3", "--root", "runs-quick", "--",
-               "--dataset", "x/my.npz", "--arch=resnet20", "--epochs")  # fmt: skip
-    assert bash(project, *command, "1").returncode == 0
-    done = calls(project)
-    assert done[:2] == [["load", "x/my.npz"], ["corruptions", "--dataset", "x/my.npz"]]
-    assert {words[1] for words in done if words[0] == "train"} == {
-        f"runs-quick/cifar10/resnet18/{method}/seed0" for method in ("standard", "augmix", "magnma")
-    }  # fmt: skip
-    assert done[-1] == ["tables", "runs-quick", "--table", "2", "--arch", "resnet20", "--dataset", "my"]
-    assert bash(project, *command, "1").returncode == 0
-    assert calls(project, "train") == []
-    assert bash(project, *command, "2").returncode == 0
-    assert len(calls(project, "train")) == 3
-
-
-def test_data_alone_and_data_that_cannot_be_had(project: Path) -> None:
-    done = bash(project, "table3", "--cpu", OFFLINE="1")
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", "run_all.sh: no whole cifar10\n")
-    assert calls(project) == [["load", "cifar10"]]
-    assert bash(project, "data").returncode == 0
-    made = [words for words in calls(project) if words[0] != "load"]
-    assert made == [["corruptions", "--dataset", name, "--download"] for name in ("cifar10", "cifar100")]
-
-
-def test_the_demo_ends_with_a_list_and_a_figure(project: Path) -> None:
-    done = bash(project, "demo")
+    done = bash(project, "headline", **settings)
     assert done.returncode == 0
-    assert done.stdout.endswith(": runs-demo/figures/figure5.png\n")
-    made = calls(project)
-    folders = {f"runs-demo/digits/resnet20/{method}/seed0" for method in ("standard", "augmix", "magnma")}
-    assert {words[1] for words in made if words[0] == "evaluate"} == folders
-    assert made[-1] == ["tables", "runs-demo"]
+    assert "failed" not in done.stdout
+    assert [words[4] for words in calls(project)[1:-2]] == [  # MAGNMA has its results
+        *["train.py", "evaluate.py"] * 2,
+        "train.py",
+    ]
 
 
-def test_ctrl_c_ends_everything_at_once_and_the_same_command_goes_on(project: Path) -> None:
-    command, environment = ("headline", "--seeds", "0", "--gpus", "2"), {"GPUS": "2", "PYTHON": sys.executable}
-    run = subprocess.Popen(["bash", "run_all.sh", *command], cwd=project, start_new_session=True, text=True,
-                           stderr=subprocess.PIPE, stdout=subprocess.PIPE,
-                           env=os.environ | environment | {"augmix": "hang", "magnma": "hang"})  # fmt: skip
-    end = time.monotonic() + 60
-    while not (project / "calls").exists() or (project / "calls").read_text().count("hang") < 2:
-        assert time.monotonic() < end
+@pytest.mark.parametrize(("visible", "used"), [("5,GPU-3,9", {"5", "GPU-3"}), (None, {"0", "1"})])
+def test_runs_in_parallel_have_a_gpu_each(project: Path, visible: str, used: set[str]) -> None:
+    program(project / "bin/nvidia-smi", 'echo "0\n1"')
+    settings = {"CUDA_VISIBLE_DEVICES": visible} if visible else {}
+    assert bash(project, "headline", SEEDS="0", GPUS="2", NAP="0.3", **settings).returncode == 0
+    trained = calls(project, "train.py")
+    assert {words[0] for words in trained} == used
+    spans = sorted((float(start), float(end), gpu) for gpu, _, start, end, *_ in trained)
+    assert spans[1][0] < spans[0][1]  # the first two overlap
+    for gpu in used:
+        own = [span for span in spans if span[2] == gpu]
+        assert all(first[1] <= second[0] for first, second in itertools.pairwise(own))
+
+
+def test_runs_on_a_cpu_share_its_cores(project: Path) -> None:
+    (project / "bin/nproc").unlink()
+    program(project / "bin/nproc", "echo 8")
+    for gpus, threads in (("1", "8"), ("3", "2"), ("9", "1")):
+        settings = {"SEEDS": "0", "DEVICE": "cpu", "GPUS": gpus, "ROOT": f"runs{gpus}"}
+        assert bash(project, "headline", **settings).returncode == 0
+        assert {words[1] for words in calls(project, "train.py")} == {threads}
+
+
+def test_data_alone_and_data_that_cannot_be_downloaded(project: Path) -> None:
+    wanted = [["--dataset", "cifar10", "--download"], ["--dataset", "cifar100", "--download"]]
+    assert bash(project, "data").returncode == 0  # without a GPU
+    assert [words[4:] for words in calls(project)] == [["corruptions.py", *w] for w in wanted]
+    done = bash(project, "table3", DEVICE="cpu", BROKEN="corruptions.py")
+    assert (done.returncode, done.stderr) == (1, "corruptions.py: broken\n")
+    assert [words[4:] for words in calls(project)] == [["corruptions.py", *wanted[0]]]
+
+
+@pytest.mark.parametrize("broken", ["", "figures.py"])
+def test_the_demo_prints_its_table_before_the_figure(project: Path, broken: str) -> None:
+    done = bash(project, "demo", BROKEN=broken)
+    lines = done.stdout.splitlines()
+    assert lines[4] == "a table"
+    figure = ["Clean and corrupted accuracy: runs-demo/figures/figure5.png"]
+    assert (done.returncode, lines[5:]) == ((1, []) if broken else (0, figure))
+    assert done.stderr == ("figures.py: broken\n" if broken else "")
+    made = [words[4:] for words in calls(project)]
+    assert made[0] == ["corruptions.py", "--dataset", "digits"]
+    assert [words[:2] for words in made[-2:]] == [
+        [f"{s}.py", "runs-demo"] for s in ("tables", "figures")
+    ]
+
+
+@pytest.mark.parametrize("stop", ["Ctrl-C", "kill"])
+def test_ctrl_c_and_the_printed_kill_end_all_trainings(project: Path, stop: str) -> None:
+    job = subprocess.Popen(
+        ["bash", project / "run_all.sh", "headline"],
+        env=variables(project, {"DEVICE": "cpu", "GPUS": "2", "HANG": "1"}),
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # with a process group, as from a terminal
+    )
+    noted, deadline, text = project / "calls", time.monotonic() + 60, ""
+    while text.count("hang") < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
-    run.send_signal(signal.SIGINT)
-    _, errors = run.communicate(timeout=10)
-    assert (run.returncode, errors) == (130, "run_all.sh: stopped; the same command goes on\n")
-    for _, pid in calls(project, "hang"):
-        while Path(f"/proc/{pid}").exists() and "(zombie)" not in Path(f"/proc/{pid}/status").read_text():
-            assert time.monotonic() < end
-            time.sleep(0.05)
-    assert bash(project, *command, GPUS="2").returncode == 0
-    assert len(calls(project, "train")) == 2
+        text = noted.read_text() if noted.exists() else ""
+    if stop == "kill":
+        command = re.search(r"kill -- -\d+", job.stdout.readline())[0]
+        subprocess.run(["bash", "-c", command], check=True)
+    else:
+        os.killpg(job.pid, signal.SIGINT)  # what a terminal sends
+    output, _ = job.communicate(timeout=20)
+    assert job.returncode == (-signal.SIGTERM if stop == "kill" else -signal.SIGINT)
+    assert "a table" not in output
+    processes = [Path(f"/proc/{pid}/stat") for pid in re.findall(r"hang (\d+)", text)]
+    assert len(processes) == 2
+    while any(path.exists() and ") Z " not in path.read_text() for path in processes):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
-def test_a_real_run_on_images_of_ones_own(tmp_path: Path) -> None:
-    for path in (*ROOT.glob("*.py"), ROOT / "run_all.sh"):
-        shutil.copy(path, tmp_path)
-    (tmp_path / "models").symlink_to(ROOT / "models")
-    images, labels = np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), dtype=np.uint8), np.arange(12) % 3
-    np.savez(tmp_path / "my.npz", train_images=images, train_labels=labels, test_images=images[:4],
-             test_labels=labels[:4])  # fmt: skip
-    done = bash(tmp_path, "headline", "--only", "3", "--cpu", "--root", "runs-quick", "--", "--dataset", "my.npz",
-                "--arch", "resnet20", "--epochs", "1", "--batch-size", "4", "--n", "1")  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    results = json.loads((tmp_path / "runs-quick/cifar10/resnet18/magnma/seed0/results.json").read_text())
-    assert (results["dataset"], results["arch"], results["test_images"]) == ("my", "resnet20", 4)
+# test, setup.sh, .ci/run
+
+
+@pytest.mark.parametrize("broken", ["", "ruff", "shellcheck", "-m"])
+def test_every_failure_shows_in_the_exit_code_of_test(project: Path, broken: str) -> None:
+    stub = 'echo "- - - - ${0##*/} $*" >>"$CALLS"; [[ ${0##*/} != "$BROKEN" ]]'
+    for name in ("ruff", "shellcheck"):
+        program(project / "bin" / name, stub)
+    assert bash(project, "test", BROKEN=broken).returncode == (1 if broken else 0)
+    *checks, tests = calls(project)
+    assert [" ".join(words[4:]) for words in checks] == [
+        "ruff check .",
+        "ruff format --check .",
+        "shellcheck run_all.sh setup.sh .ci/run",
+    ]
+    assert [tests[1], *tests[4:]] == ["1", "-m", "pytest", "-n", "2", "--dist", "loadfile"]
+
+
+def test_tests_run_without_ruff_shellcheck_and_xdist(project: Path) -> None:
+    done = bash(project, "test", NO_XDIST="1")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [words[4:] for words in calls(project)] == [["-m", "pytest"]]
+    lines = [line.split("left out: ")[1] for line in done.stdout.splitlines()]
+    assert [re.match("[a-z-]+", line)[0] for line in lines] == [
+        *("ruff", "ruff", "shellcheck", "pytest-xdist"),
+    ]
+
+
+SETUP = {
+    "python3": """case "$*" in
+      --version) echo "Python ${VERSION:-3.11.9}" ;;
+      "-m venv .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python && cp "$0" .venv/bin/pip ;;
+      *"pip install"*) [[ ! ${OFFLINE:-} ]] || { echo "ERROR: no network" >&2; exit 1; }
+        echo "${@:6}" >>pips; [[ $* != *" -r "* ]] || cat "${@: -1}" >>pips ;;
+    esac""",
+    # GPU: what it prints; without a comma, as of old drivers, compute_cap is unknown
+    "nvidia-smi": """[[ ${GPU:-} && ($GPU == *,* || $1 != *compute_cap*) ]] && echo -e "$GPU" """,
+}
+
+
+@pytest.fixture
+def fresh(project: Path) -> Path:
+    """A project on a machine with a Python, but without a virtual environment."""
+    for name, text in SETUP.items():
+        program(project / "bin" / name, text)
+    return project
+
+
+@pytest.mark.parametrize(
+    ("gpu", "words", "build"),  # build None: refused
+    [
+        ("", [], ""),
+        ("", ["cu126"], "cu126"),
+        ("580.65.06, 7.5", [], ""),
+        ("580.65.06, 8.0\\n580.65.06, 7.0", [], "cu126"),  # one of two is a V100
+        ("595.10, 12.0", [], ""),
+        ("570.86, 9.0", [], "cu126"),
+        ("525.60.13, 7.0", [], "cu126"),
+        ("595.10, 9.0", ["cu126"], "cu126"),
+        ("570.86, 10.0", [], None),
+        ("579.99, 8.0\\n579.99, 12.0", ["cu126"], None),
+        ("524.9, 8.0", [], None),
+        ("470.199.02", [], None),
+        ("No devices were found", [], ""),
+    ],
+)
+def test_setup_installs_the_build_for_driver_and_gpu(
+    fresh: Path, gpu: str, words: list[str], build: str | None
+) -> None:
+    done = bash(fresh, "setup.sh", *words, GPU=gpu)
+    if build is None:
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+        assert done.stderr.startswith("setup.sh: the NVIDIA driver is too old: ")
+        assert not (fresh / ".venv").exists()
+        return
+    assert done.returncode == 0
+    first, *packages, last = (fresh / "pips").read_text().splitlines()
+    index = "--extra-index-url https://download.pytorch.org/whl/cu126 -r"
+    assert first.startswith(index if build else "-r requirements.txt")
+    pinned = (fresh / "requirements.txt").read_text()
+    wanted = re.sub(
+        r"^(torch|torchvision)==.*", rf"\g<0>+{build}" if build else r"\g<0>", pinned, flags=re.M
+    )
+    assert packages == wanted.splitlines()
+    assert last == "--no-deps imagecorruptions==1.1.2"
+
+
+def test_an_installed_environment_needs_no_network(fresh: Path) -> None:
+    assert bash(fresh, "setup.sh", OFFLINE="1").returncode == 2
+    assert not (fresh / ".venv/installed").exists()  # the stamp is written last
+    assert bash(fresh, "setup.sh", "cu126").returncode == 0
+    for words, gpu in (([], ""), ([], "580.1, 8.0"), ([], "580.1, 7.0"), (["cu126"], "")):
+        done = bash(fresh, "setup.sh", *words, GPU=gpu, OFFLINE="1")
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    with open(fresh / "requirements.txt", "a") as file:
+        file.write("six==1\n")
+    assert bash(fresh, "setup.sh", OFFLINE="1").returncode == 2
+    assert bash(fresh, "setup.sh").returncode == 0
+    assert "six==1" in (fresh / "pips").read_text()
+    done = bash(fresh, "setup.sh", GPU="580.1, 7.0", OFFLINE="1")  # now another build is needed
+    assert (done.returncode, done.stderr.count("\n")) == (2, 2)  # pip's line and one of setup.sh
+
+
+def test_setup_names_the_python_it_needs_and_finds_another(fresh: Path) -> None:
+    done = bash(fresh, "setup.sh", VERSION="3.9.18")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("setup.sh: Python 3.11 or newer not found as python3.")
+    program(fresh / "bin/python3.12", SETUP["python3"].replace("${VERSION:-3.11.9}", "3.12.1"))
+    assert bash(fresh, "setup.sh", VERSION="3.9.18").returncode == 0
+    done = bash(fresh, "setup.sh", "cu128")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+
+
+def test_an_empty_python_is_set_up_first(fresh: Path) -> None:
+    assert bash(fresh, "data", "table3", PYTHON="").returncode == 0
+    assert (fresh / ".venv/installed").exists()
+    assert bash(fresh, "data", "table3", PYTHON="", OFFLINE="1").returncode == 0
+
+
+def test_ci_sets_up_and_runs_the_readmes_command(fresh: Path, root: Path) -> None:
+    (fresh.parent / "shared/data").mkdir(parents=True)
+    (fresh.parent / "shared/data/unpack_cifar10.py").touch()
+    done = bash(fresh, ".ci/run")
+    assert done.returncode == 0
+    made = [words[4:] for words in calls(fresh)]
+    assert made[0] == ["../shared/data/unpack_cifar10.py", "data/cifar10_copies.npz"]
+    assert made[-1][:2] == ["-m", "pytest"]
+    assert bash(fresh, ".ci/run", PYTHON="").returncode == 0
+    assert (fresh / ".venv/installed").exists()
+    assert (fresh / ".ci/run").read_text().endswith("exec bash run_all.sh test\n")
+    assert "bash run_all.sh test" in (root / "README.md").read_text()
