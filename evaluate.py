@@ -31,6 +31,7 @@ from utils import UserError
 
 SEVERITIES = (1, 2, 3, 4, 5)
 N_BINS = 16
+CONFIG = ("recipe", "departures", "seed", "tag", "ran")  # of config.json and checkpoints
 
 
 # Calibration
@@ -162,7 +163,8 @@ def evaluate(
     labels = dataset.test_labels[:limit]
 
     def run(images: Tensor, *key: object) -> tuple[np.ndarray, np.ndarray]:
-        utils.seed(seed, *key)
+        if noise_sigma > 0:  # else the caller's generators are left alone
+            utils.seed(seed, *key)
         confidence, prediction = predict(
             f,
             images[:limit],
@@ -210,17 +212,17 @@ def load_run(folder: Path) -> dict[str, dict | None]:
 
     Raises UserError for a folder that is not a run's, a damaged checkpoint, and an unfinished run.
     """
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} is not a run folder: it has no config.json. train.py makes them")
     saved = dict.fromkeys(("best", "last"))
     for which in saved:
         path = folder / f"{which}.pt"
         if path.exists():
             saved[which] = utils.load_checkpoint(path)
-            if not {"recipe", "seed", "epoch", "model"} <= saved[which].keys():
+            if not {*CONFIG, "epoch", "model"} <= saved[which].keys():
                 raise UserError(f"{path} was not written by this version of train.py. Train again")
     if not any(saved.values()):
-        raise UserError(f"{folder} has no checkpoint yet. Train with the same flags and --resume")
+        if (folder / "config.json").is_file():
+            raise UserError(f"{folder} has no checkpoint yet. Train with --resume")
+        raise UserError(f"{folder} is not a run folder: it has no best.pt and no last.pt")
     if saved["last"] and saved["last"]["epoch"] < saved["last"]["recipe"]["epochs"]:
         done, epochs = saved["last"]["epoch"], saved["last"]["recipe"]["epochs"]
         raise UserError(f"{folder} is unfinished ({done} of {epochs} epochs). Train with --resume")
@@ -290,9 +292,11 @@ def main(argv: list[str] | None = None) -> None:
     out = args.out and Path(args.out)
     if own and not args.clean and not args.limit and not args.out:
         out = folder / "results.json"
-        if args.only and out.exists():
+        if len(wanted) < 2 and out.exists():
             out = None  # it may hold both checkpoints
     if out:
+        if out.exists() and not out.is_file():
+            raise UserError(f"--out {out} is not a file. Name the file to write")
         utils.make_folder(out.parent)
 
     dtype = utils.amp_dtype(
@@ -318,7 +322,7 @@ def main(argv: list[str] | None = None) -> None:
             **ensemble,
         )
     results = {
-        **{key: run[key] for key in ("recipe", "departures", "seed", "tag", "ran")},
+        **{key: run[key] for key in CONFIG},
         "evaluation": {
             "corruption_source": None
             if args.clean
@@ -345,10 +349,10 @@ def print_columns(results: dict, dataset: Dataset) -> None:
           f" {evaluation['test_images']} images of {dataset.name} ({dataset.source}),"
           f" {evaluation['corruption_source'] or 'no'} corruptions")  # fmt: skip
     heads = [f"{which}.pt, epoch {e['epoch']}" for which, e in columns.items()]
-    print(f"{'':<35}" + "".join(f"{head:>20}" for head in heads))
+    print(f"{'':<41}" + "".join(f"{head:>20}" for head in heads))
 
     def row(label: str, values: list[float]) -> None:
-        print(f"{label:<35}" + "".join(f"{value:20.2f}" for value in values))
+        print(f"{label:<41}" + "".join(f"{value:20.2f}" for value in values))
 
     entries = list(columns.values())
     row("clean accuracy", [e["clean"]["accuracy"] for e in entries])

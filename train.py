@@ -271,7 +271,7 @@ def open_run(run: Run) -> None:
         leftover.unlink()
     if run.log:
         write_log(folder, run.log)
-    else:
+    if len(run.log) < run.args.epochs:  # `ran` is where it runs now, as in the next checkpoint
         utils.write_json(folder / "config.json", run.config)
     if run.args.resume:
         done, epochs = len(run.log), run.args.epochs
@@ -483,7 +483,8 @@ def what_needs_less(run: Run) -> str:
     flags = []
     if run.dtype is None:
         flags.append("--amp auto")
-    if not run.args.recompute and not run.args.joint:
+    several = "joint" in METHODS[run.args.method].defaults
+    if several and not run.args.recompute and not run.args.joint:
         flags.append("--recompute")
     return " or ".join([*flags, "a smaller --batch-size"])
 
