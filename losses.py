@@ -194,8 +194,10 @@ def trades_loss(
     PGD starts at 0.001 N(0, I), as in TRADES' own code: at 0 the divergence has no gradient.
     """
     check_images(x)
-    with eval_mode(f), torch.no_grad():
-        (clean,) = forward(f, x)  # p(x) as the attack sees it, in eval mode
+    # p(x) as the attack sees it. With no_grad alone, autocast in torch < 2.10 would reuse these
+    # half-precision weights, which have no gradient, in the passes below
+    with eval_mode(f), parameters_fixed(f), torch.no_grad():
+        (clean,) = forward(f, x)
     x_adv = pgd_attack(
         f,
         x,
