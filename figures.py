@@ -1,39 +1,52 @@
-"""Figures 1-8 of the paper, reliability diagrams and training curves, as PNG files.
+"""Figures 1-8 of the paper, accuracy by severity, reliability and training curves, as PNG files.
 
-    python figures.py runs/                                     # what the runs below runs/ give, into figures/
-    python figures.py runs/ --dataset digits --arch resnet20    # smaller runs in the place of CIFAR-10, ResNet-18
-    python figures.py --source paper --out published/           # Figures 2, 3, 5-8 from the published numbers
+    python figures.py runs                                     # into figures/
+    python figures.py runs --dataset digits --arch resnet20    # smaller runs in their place
+    python figures.py --source paper --out published           # Figures 2, 3, 5-8 as published
 
-Figures 1 and 4 need no run: they show a digit, and what augment.py and corruptions.py make of it. Colours are Okabe
-and Ito's, which colour-blind people can tell apart; hatches and markers are for print in grey.
+Figures 1 and 4 need no runs: they show a photograph and what augment.py and corruptions.py make of
+it. Colours are Okabe and Ito's, which colour-blind people can tell apart; hatches and markers are
+for print in grey.
 """
 
+import csv
 import itertools
+import os
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
+
+os.environ["MPLBACKEND"] = "Agg"  # a notebook's terminal names a backend that may not be installed
 
 import matplotlib
 import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
+from sklearn.datasets import load_sample_image
 from torch import Tensor
 
 import augment
 import tables
 import utils
 from corruptions import corrupt
-from data import CORRUPTIONS, load_dataset
-from evaluate import Group, group_runs, read_results
-from tables import MAGNMA, MIX, NOISE, SETTINGS, Cell, Place, cells_of, choose, evaluations, label
+from data import CORRUPTIONS
+from tables import MAGNMA, MIX, NINE, NOISE, SETTINGS, Cell, Group, Place, evaluations, label
+from utils import UserError
 
-METHODS = {  # the paper's columns: colour, hatch, marker
-    "standard": ("#999999", "", "o"), "at": ("#F0E442", "//", "v"), "trades": ("#E69F00", "\\\\", "^"),
-    "rse": ("#CC79A7", "..", "<"), "gn": ("#56B4E9", "xx", ">"), "augmix": ("#0072B2", "//", "s"),
-    NOISE: ("#009E73", "||", "P"), MIX: ("#000000", "", "X"), MAGNMA: ("#D55E00", "", "D"),
+METHODS = {  # the tables' columns: colour, hatch, marker
+    "standard": ("#999999", "", "o"), "at": ("#F0E442", "//", "v"),
+    "trades": ("#E69F00", "\\\\", "^"), "rse": ("#CC79A7", "..", "<"), "gn": ("#56B4E9", "xx", ">"),
+    "augmix": ("#0072B2", "//", "s"), NOISE: ("#009E73", "||", "P"), MIX: ("#000000", "", "X"),
+    MAGNMA: ("#D55E00", "", "D"), MIX + NINE: ("#882255", "..", "p"),
+    MAGNMA + NINE: ("#332288", "--", "d"),
 }  # fmt: skip
-OTHERS = [("C4", "", "p"), ("C3", "--", "h"), ("C5", "", "*"), ("C8", "++", "d"), ("C2", "", "8"), ("C9", "oo", "H")]
+OTHERS = [  # the user's own methods
+    ("C4", "", "*"), ("C3", "++", "h"), ("C5", "", "8"), ("C8", "oo", "H"), ("C2", "", "d"),
+]  # fmt: skip
+FEW = ("standard", "augmix", MAGNMA, MAGNMA + NINE)  # and the user's own, where all are too many
 METRICS = {"clean": ("#FFFFFF", "//", "o"), "mca": ("#0072B2", "", "s")}
 CATEGORIES = {  # as the benchmark's authors sort them
     "noise": ("impulse_noise", "shot_noise", "speckle_noise"),
@@ -43,20 +56,24 @@ CATEGORIES = {  # as the benchmark's authors sort them
 }
 LOOK = {
     "font.size": 8, "axes.titlesize": 9, "mathtext.fontset": "cm", "hatch.linewidth": 0.4,
-    "axes.linewidth": 0.6, "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False,
-    "axes.grid": True, "grid.linewidth": 0.3, "grid.color": "#CCCCCC", "lines.linewidth": 1, "legend.frameon": False,
-    "legend.columnspacing": 1, "legend.handletextpad": 0.4, "legend.handlelength": 1.5,
+    "axes.linewidth": 0.6, "axes.axisbelow": True, "axes.spines.top": False,
+    "axes.spines.right": False, "axes.grid": True, "grid.linewidth": 0.3, "grid.color": "#CCCCCC",
+    "lines.linewidth": 1, "legend.frameon": False, "legend.columnspacing": 1,
+    "legend.handletextpad": 0.4, "legend.handlelength": 1.5,
 }  # fmt: skip
 MARKER = {"markersize": 4, "markeredgecolor": "black", "markeredgewidth": 0.4}
 N, SIGMA_MAX, BETA = 5, 0.2, 1.0  # of Figure 1, as in the paper
-DIGIT, NOISE_SEED, MIX_SEED = 974, 21755, 14922  # such that much is seen: weak to strong noise, all of A
+NOISE_SEED, MIX_SEED = 21755, 14922  # chosen so that weak and strong noise and all of A appear
 SEVERITY = 5  # of Figure 4
 
 Cells = dict[str, Cell]  # metric -> mean and deviation over seeds, percent
 Styles = dict[str, tuple[str, str, str]]
 
 
-def papers_numbers() -> dict[Place, Cells]:
+# What there is to draw
+
+
+def published_numbers() -> dict[Place, Cells]:
     """The numbers of the paper's Tables 1-4."""
     numbers: dict[Place, Cells] = {}
     for (*place, metric), cell in tables.published("1234").items():
@@ -64,77 +81,109 @@ def papers_numbers() -> dict[Place, Cells]:
     return numbers
 
 
-def runs_to_draw(groups: list[Group]) -> dict[Place, Group]:
-    """For each data set, network and column the runs that tables.py shows. What is not drawn is named."""
+def groups_to_draw(groups: list[Group]) -> dict[Place, Group]:
+    """The runs that tables.py shows for each data set, network and column, named if not drawn."""
     drawn = {}
-    for place, (shown, *others) in choose(groups, "best").items():
-        name = ", ".join(map(label, place))
+    for place, (shown, *others) in tables.closest_to_paper(groups, "best").items():
+        name, column = ", ".join(map(label, place)), place[2]
         if not evaluations(shown, "best"):
-            print(f"{name}: not drawn, since best.pt was not evaluated")
-        elif place[2] in SETTINGS and place[2] not in METHODS:
-            print(f"{name}: not drawn, since it is of Table 5 alone")
+            print(f"{name}: not drawn, best.pt was not evaluated")
+        elif column.removesuffix(NINE) in SETTINGS and column not in METHODS:
+            print(f"{name}: not drawn, this is a row of Table 5 only")
         else:
             drawn[place] = shown
             for other in others:
-                print(f"{name} was also run with (drawn | not drawn) {tables.telling([shown, other])}")
+                different = tables.describe_differences([shown, other])
+                print(f"{name}, further runs (drawn | not drawn): {different}")
     return drawn
 
 
+def read_log(path: Path) -> dict[str, np.ndarray]:
+    """Columns of log.csv, NaN in empty cells. Raises UserError if it cannot be read."""
+    try:
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+        names = ("epoch", "train_loss", "test_accuracy")
+        return {name: np.array([float(row[name] or "nan") for row in rows]) for name in names}
+    except (OSError, KeyError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error!r}), its curve is left out") from None
+
+
 def footer(groups: dict[Place, Group]) -> str:
-    """What was really run: a line for all columns that share data, corruptions, network, epochs and seeds."""
+    """What was run: a line for all columns that share data, corruptions, network and seeds."""
     lines: dict[str, list[str]] = {}
-    for (dataset, arch, column), g in groups.items():
-        s, h = g.shared, g.shared["hparams"]
-        data, how = f"{label(dataset)} ({s['data_source']}, {s['test_images']} test images)", "trained elsewhere"
-        if s["method"]:
-            seeds = ", ".join(map(str, evaluations(g, "best")))
-            how = f"{s['train_images']} training images, {h.get('epochs')} epochs, seeds {seeds}"
-        line = f"{data}, {s['corruption_source']} corruptions, {label(arch)}, {how}"
-        n = f" (n = {h.get('n')})" if s["method"] == "magnma" else ""
+    for (dataset, arch, column), group in groups.items():
+        shared, run = group.shared, next(iter(group.seeds.values()))
+        tested = shared["limit"] or run["evaluation"]["test_images"]
+        seeds = ", ".join(map(str, sorted(evaluations(group, "best"))))
+        line = (
+            f"{label(dataset)} ({run['ran']['data_source']}, {tested} test images),"
+            f" {shared['corruption_source']} corruptions, {label(arch)},"
+            f" {shared['train_images']} training images, {shared['epochs']} epochs, seeds {seeds}"
+        )
+        n = f" (n = {shared.get('n')})" if shared["method"] == "magnma" else ""
         lines.setdefault(line, []).append(label(column) + n)
     return "\n".join(f"{line}: {', '.join(columns)}" for line, columns in lines.items())
 
 
 def columns_of(keys: dict[Place, object]) -> Styles:
-    """The columns in the paper's order, then others by name, each with its colour, hatch and marker."""
-    there = {column for _, _, column in keys}
-    others = zip(sorted(there - set(METHODS)), itertools.cycle(OTHERS), strict=False)
-    return {column: style for column, style in METHODS.items() if column in there} | dict(others)
+    """The columns in the tables' order, the user's own after them, each with its style."""
+    found = {column for _, _, column in keys}
+    others = zip(sorted(found - set(METHODS)), itertools.cycle(OTHERS), strict=False)
+    return {column: style for column, style in METHODS.items() if column in found} | dict(others)
+
+
+def pick(values: dict, datasets: list[str], arches: list[str], few: bool = False) -> dict:
+    """The values of these data sets and networks, ordered; few: without other baselines."""
+    columns = columns_of(values)
+    if few:
+        columns = [column for column in columns if column in FEW or column not in METHODS]
+    keys = itertools.product(datasets, arches, columns)
+    return {key: values[key] for key in keys if key in values}
+
+
+# Figures of numbers
 
 
 def by_network(numbers: dict[Place, Cells], metric: str, ylabel: str) -> Figure:
     """Figure 2 (metric mca) or 3 (corrupt_rmse): bars by network, a panel for each data set."""
-    panels, columns = {}, columns_of(numbers)
+    panels = {}
     for dataset in dict.fromkeys(dataset for dataset, _, _ in numbers):
         here = {key: cells[metric] for key, cells in numbers.items() if key[0] == dataset}
         arches = list(dict.fromkeys(arch for _, arch, _ in here))
         series = {c: [here.get((dataset, a, c)) for a in arches] for c in columns_of(here)}
         panels[f"{label(dataset)}-C"] = arches, series
-    return bars(panels, columns, ylabel, 3.2)
+    return bars(panels, columns_of(numbers), ylabel, 3.2)
 
 
 def by_method(numbers: dict[Place, Cells]) -> Figure:
     """Figure 5 or 6: clean accuracy and mCA of each method, on one data set and network."""
     (dataset, arch, _), columns = next(iter(numbers)), list(columns_of(numbers))
-    series = {metric: [numbers[dataset, arch, column][metric] for column in columns] for metric in METRICS}
+    series = {
+        metric: [numbers[dataset, arch, column][metric] for column in columns] for metric in METRICS
+    }
     title = f"{label(dataset)} and {label(dataset)}-C, {label(arch)}"
     return bars({title: (columns, series)}, METRICS, "accuracy (%)", max(3.5, 0.75 * len(columns)))
 
 
 def bars(panels: dict[str, tuple], styles: Styles, ylabel: str, width: float) -> Figure:
-    """Grouped bars from zero. Panels, `width` inches or more: groups, and {key: (mean, deviation) or None a group}."""
+    """Grouped bars from zero, with deviations. A panel, at least `width` inches wide, is
+    (names of its groups, {key of a series: a cell or None for each group})."""
     width = max(width, *(0.27 * len(groups) * len(series) for groups, series in panels.values()))
     figure = Figure(figsize=(max(4.8, 0.6 + width * len(panels)), 2.9), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for ax, (title, (groups, series)) in zip(axes, panels.items(), strict=True):
         step = 0.84 / len(series)
         for i, (key, cells) in enumerate(series.items()):
-            there = [(k + (i - (len(series) - 1) / 2) * step, *cell) for k, cell in enumerate(cells) if cell]
-            x, means, deviations = np.array(there, dtype=float).T  # no deviation: nan, and no error bar
-            ax.bar(x, means, step, color=styles[key][0], hatch=styles[key][1], edgecolor="black", linewidth=0.5,
-                   label=label(key), yerr=deviations, error_kw={"elinewidth": 0.7, "capsize": 1.5})  # fmt: skip
+            offset = (i - (len(series) - 1) / 2) * step
+            found = [(k + offset, *cell) for k, cell in enumerate(cells) if cell]
+            x, means, deviations = np.array(found, dtype=float).T  # NaN: no deviation, no error bar
+            look = {"color": styles[key][0], "hatch": styles[key][1], "edgecolor": "black"}
+            error = {"yerr": deviations, "error_kw": {"elinewidth": 0.7, "capsize": 1.5}}
+            ax.bar(x, means, step, label=label(key), linewidth=0.5, **look, **error)
             for at, mean, top in zip(x, means, means + np.nan_to_num(deviations), strict=True):
-                ax.annotate(f"{mean:.1f}", (at, top), (0, 1.5), textcoords="offset points", ha="center", fontsize=6)
+                place = {"xytext": (0, 1.5), "textcoords": "offset points", "ha": "center"}
+                ax.annotate(f"{mean:.1f}", (at, top), fontsize=6, **place)
         ax.set_xticks(range(len(groups)), [label(group).replace(" ", "\n") for group in groups])
         ax.tick_params(axis="x", length=0)
         ax.grid(visible=False, axis="x")
@@ -143,16 +192,19 @@ def bars(panels: dict[str, tuple], styles: Styles, ylabel: str, width: float) ->
     return figure
 
 
-def profile(numbers: dict[Place, Cells]) -> Figure:
-    """Figure 7 or 8: accuracy by corruption and each category's mean, on one data set and network."""
+def by_corruption(numbers: dict[Place, Cells]) -> Figure:
+    """Figure 7 or 8: accuracy by corruption and each category's mean, on one data set, network."""
     (dataset, arch, _), columns = next(iter(numbers)), columns_of(numbers)
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")
-    axes = figure.subplots(1, 4, sharey=True, width_ratios=[len(group) + 1 for group in CATEGORIES.values()])
+    widths = [len(group) + 1 for group in CATEGORIES.values()]
+    axes = figure.subplots(1, 4, sharey=True, width_ratios=widths)
     for ax, (category, group) in zip(axes, CATEGORIES.items(), strict=True):
         for i, (column, (colour, _, marker)) in enumerate(columns.items()):
-            means = [numbers[dataset, arch, column][name][0] for name in group]
-            x = np.arange(len(group) + 1) + (i - (len(columns) - 1) / 2) * 0.76 / max(len(columns), 4)  # side by side
-            ax.plot(x, [*means, np.mean(means)], marker, color=colour, label=label(column), **MARKER)
+            means = [numbers[dataset, arch, column][name].mean for name in group]
+            offset = (i - (len(columns) - 1) / 2) * 0.76 / max(len(columns), 4)  # side by side
+            x = np.arange(len(group) + 1) + offset
+            look = {"color": colour, "label": label(column), **MARKER}
+            ax.plot(x, [*means, np.mean(means)], marker, **look)
         ax.axvspan(len(group) - 0.5, len(group) + 0.6, color="#EEEEEE", zorder=0)
         names = [*map(label, group), "mean"]
         ax.set_xticks(range(len(names)), names, rotation=60, ha="right", rotation_mode="anchor")
@@ -161,50 +213,91 @@ def profile(numbers: dict[Place, Cells]) -> Figure:
     return figure
 
 
+def by_severity(groups: dict[Place, Group]) -> Figure:
+    """Accuracy by severity (0: clean): mean over all corruptions and over each category's."""
+    figure = Figure(figsize=(7.2, 2.9), layout="constrained")
+    panels = {"all 18": CORRUPTIONS} | CATEGORIES
+    for ax, (title, names) in zip(figure.subplots(1, 5, sharey=True), panels.items(), strict=True):
+        for (_, _, column), group in groups.items():
+            curves = []
+            for e in evaluations(group, "best").values():
+                cells = [[cell["accuracy"] for cell in e["corruptions"][name]] for name in names]
+                curves.append([e["clean"]["accuracy"], *np.mean(cells, axis=0)])
+            colour, _, marker = columns_of(groups)[column]
+            y, deviation = np.mean(curves, axis=0), np.std(curves, axis=0)
+            ax.plot(y, f"{marker}-", color=colour, label=label(column), **MARKER)
+            ax.fill_between(range(len(y)), y - deviation, y + deviation, color=colour, alpha=0.2)
+        ax.set_xticks(range(6))
+        ax.set(title=title, xlabel="severity")
+    dataset, arch, _ = next(iter(groups))
+    figure.axes[0].set_ylabel(f"{label(dataset)}-C, {label(arch)}\naccuracy (%)")
+    return figure
+
+
 def reliability(groups: dict[Place, Group]) -> Figure:
-    """Accuracy over mean confidence in each calibration bin, and the share of predictions in it, all seeds together."""
+    """Accuracy by mean confidence of each calibration bin, and the bin's share, over all seeds."""
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")
-    for (ax, share), kind in zip(figure.subplots(2, 2, height_ratios=[3, 1]).T, ("clean", "corrupt"), strict=True):
+    columns = figure.subplots(2, 2, height_ratios=[3, 1]).T
+    for (ax, share), kind in zip(columns, ("clean", "corrupt"), strict=True):
         ax.plot([0, 1], [0, 1], ":", color="black")
         for (dataset, arch, column), group in groups.items():
-            bins = np.sum([e["reliability"][kind] for e in evaluations(group, "best").values()], axis=0)
+            found = [e["reliability"][kind] for e in evaluations(group, "best").values()]
+            bins = np.sum(found, axis=0)
             count, confidence, correct = bins[bins[:, 0] > 0].T
             colour, _, marker = columns_of(groups)[column]
-            ax.plot(confidence / count, correct / count, f"{marker}-", color=colour, label=label(column), **MARKER)
-            share.plot(confidence / count, 100 * count / count.sum(), f"{marker}-", color=colour, **MARKER)
+            look = {"color": colour, "label": label(column), **MARKER}
+            ax.plot(confidence / count, correct / count, f"{marker}-", **look)
+            share.plot(confidence / count, 100 * count / count.sum(), f"{marker}-", **look)
             ax.set_title(f"{label(dataset)}{'-C' * (kind == 'corrupt')}, {label(arch)}")
         ax.set(xlim=(0, 1.02), ylim=(0, 1.02), ylabel="accuracy")
-        share.set(xlim=(0, 1.02), yscale="log", ylim=(0.005, 150), xlabel="confidence", ylabel="predictions (%)")
+        share.set(xlim=(0, 1.02), yscale="log", ylim=(0.005, 150), xlabel="confidence")
+        share.set_ylabel("predictions (%)")
         share.set_yticks((0.01, 1, 100), ("0.01", "1", "100"))
     return figure
 
 
 def training(groups: dict[Place, Group]) -> Figure:
-    """Training loss, and clean test accuracy where tested, by epoch: a line a run, on one data set and network."""
+    """Training loss and clean test accuracy by epoch: a line for each run that has a log."""
     figure = Figure(figsize=(7.2, 3.0), layout="constrained")
-    for ax, metric in zip(figure.subplots(1, 2), ("train_loss", "test_accuracy"), strict=True):
+    names = {
+        "train_loss": "training loss\n(each method's own criterion)",
+        "test_accuracy": "clean test accuracy (%)",
+    }
+    for ax, (metric, name) in zip(figure.subplots(1, 2), names.items(), strict=True):
         for (dataset, arch, column), group in groups.items():
             colour, _, marker = columns_of(groups)[column]
-            for log in (run["log"] for run in group.seeds.values()):
-                there, style = ~np.isnan(log[metric]), f"{marker}-" if metric == "test_accuracy" else "-"
-                ax.plot(log["epoch"][there], log[metric][there], style, color=colour, label=label(column), markersize=3)
+            style = f"{marker}-" if metric == "test_accuracy" else "-"
+            for log in (run["log"] for run in group.seeds.values() if "log" in run):
+                known = ~np.isnan(log[metric])
+                look = {"color": colour, "label": label(column), "markersize": 3}
+                ax.plot(log["epoch"][known], log[metric][known], style, **look)
             ax.set_title(f"{label(dataset)}, {label(arch)}")
-        ax.set(xlabel="epoch", ylabel="training loss" if metric == "train_loss" else "test accuracy (%)")
+        ax.set(xlabel="epoch", ylabel=name)
         ax.xaxis.get_major_locator().set_params(integer=True)
     return figure
 
 
+# Figures of images
+
+
+def photograph() -> Tensor:
+    """scikit-learn's colour photograph of a flower, cropped and scaled, uint8 (1, 3, 32, 32)."""
+    image = Image.fromarray(load_sample_image("flower.jpg")).crop((156, 66, 456, 366))
+    pixels = np.array(image.resize((32, 32), Image.Resampling.BOX))
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None]
+
+
 def picture(ax: Axes, image: np.ndarray, title: str, below: bool = False) -> None:
-    """An image (32, 32, 3), its title above or below."""
+    """An image (32, 32, 3) with its title above or below."""
     ax.imshow(image)
     ax.set_title(title, fontsize=7.5, **({"y": 0, "pad": -3, "va": "top"} if below else {}))
     ax.set_axis_off()
 
 
 def branches(u8: Tensor) -> Figure:
-    """Figure 1: an image, uint8 (1, 3, 32, 32), and N noisy and N mixed copies of it, as Algorithm 1 makes them.
+    """Figure 1: an image, uint8 (1, 3, 32, 32), with N noisy and N mixed copies (Algorithm 1).
 
-    augment's own functions make the copies; what they drew is drawn once more from the same seed.
+    augment's own functions make the copies; what they drew is drawn again from the same seed.
     """
     x = u8.expand(N, -1, -1, -1) / 255
     utils.seed(NOISE_SEED)
@@ -223,43 +316,53 @@ def branches(u8: Tensor) -> Figure:
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1, 4), wspace=0.02)
     picture(left.subplots(), x[0].permute(1, 2, 0).numpy(), "clean image $x$", below=True)
-    noise = rf"$x + \delta,\ \ \delta \sim N(0, \sigma^2 I),\ \ \sigma \sim U(0, {SIGMA_MAX:g})$"
-    mixture = rf"$w\,x + (1 - w)\,T_a(x),\ \ a \sim U(A),\ \ w \sim \mathrm{{Beta}}({BETA:g}, {BETA:g})$"
     top, bottom = right.subfigures(2, 1, hspace=0.03, height_ratios=(1, 1.08))
-    for part, face, edge, words, images, titles in (
-        (top, "#FDF0E6", "#D55E00", f"{N} noisy copies  {noise}", noisy, [rf"$\sigma$ = {s:.2f}" for s in sigma]),
-        (bottom, "#E8F2F9", "#0072B2", f"{N} mixed copies  {mixture}", mixed, mixes),
-    ):
-        part.set_facecolor(face)
-        part.suptitle(words, color=edge, fontsize=10)
+    top.set_facecolor("#FDF0E6")
+    noise = rf"$x + \delta,\ \ \delta \sim N(0, \sigma^2 I),\ \ \sigma \sim U(0, {SIGMA_MAX:g})$"
+    top.suptitle(f"{N} noisy copies  {noise}", color="#D55E00", fontsize=10)
+    bottom.set_facecolor("#E8F2F9")
+    draws = rf"a \sim U(A),\ \ w \sim \mathrm{{Beta}}({BETA:g}, {BETA:g})"
+    mixture = rf"$w\,x + (1 - w)\,T_a(x),\ \ {draws}$"
+    bottom.suptitle(f"{N} mixed copies  {mixture}", color="#0072B2", fontsize=10)
+    noises = [rf"$\sigma$ = {s:.2f}" for s in sigma]
+    for part, copies, titles in ((top, noisy, noises), (bottom, mixed, mixes)):
+        images = copies.clamp(0, 1).permute(0, 2, 3, 1).numpy()
         for ax, image, title in zip(part.subplots(1, N), images, titles, strict=True):
-            picture(ax, image.clamp(0, 1).permute(1, 2, 0).numpy(), title, below=True)
+            picture(ax, image, title, below=True)
     return figure
 
 
 def gallery(u8: Tensor) -> Figure:
-    """Figure 4: an image, uint8 (1, 3, 32, 32), and beside it its corruptions; frost where its photographs are."""
+    """Figure 4: an image, uint8 (1, 3, 32, 32), and its corruptions; frost if it is installed."""
     pictures = {"clean": u8.permute(0, 2, 3, 1).numpy()}
     for name in CORRUPTIONS:
         try:
             pictures[name] = corrupt(pictures["clean"], name, SEVERITY, seed=0)
-        except ValueError as error:
-            print(f"figure4 is without {name}: {error}")
-    figure = Figure(figsize=(8, 3.7), layout="constrained")
+        except UserError as error:
+            print(f"figure4 is without {name}: {error}", file=sys.stderr)
+    figure = Figure(figsize=(8, 3.9), layout="constrained")
     grid = figure.add_gridspec(3, 8)
     places = [grid[:, :2], *(grid[row, column] for row in range(3) for column in range(2, 8))]
     for place, (name, images) in zip(places, pictures.items(), strict=False):
         picture(figure.add_subplot(place), images[0], label(name))
+    figure.suptitle(f"corruptions at severity {SEVERITY}", fontsize=10)
     return figure
 
 
+# The command line
+
+
 def save(figure: Figure, path: Path, note: str) -> None:
-    """Write a figure; one with labels has its legend above and the note below."""
-    entries = {text: line for ax in figure.axes for line, text in zip(*ax.get_legend_handles_labels(), strict=True)}
+    """Write a figure. One with labels has its legend above and the note below."""
+    entries = {}
+    for ax in figure.axes:
+        handles, labels = ax.get_legend_handles_labels()
+        entries |= dict(zip(labels, handles, strict=True))
     if entries:
         width = figure.get_figwidth()
-        columns = int(width / (0.34 + 0.062 * max(map(len, entries))))
-        figure.legend(entries.values(), entries, loc="outside upper center", ncols=min(len(entries), max(1, columns)))
+        fitting = int(width / (0.34 + 0.062 * max(map(len, entries))))
+        columns = min(len(entries), max(1, fitting))
+        figure.legend(entries.values(), entries, loc="outside upper center", ncols=columns)
         lines = [part for line in note.split("\n") for part in textwrap.wrap(line, int(21 * width))]
         figure.supxlabel("\n".join(lines), fontsize=6, color="#555555")
     with utils.atomic_write(path) as file:
@@ -267,54 +370,75 @@ def save(figure: Figure, path: Path, note: str) -> None:
     print(path)
 
 
+def check_writable(folder: Path) -> None:
+    """Create the folder. Raises UserError naming --out if files cannot be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"--out {folder}: cannot write there ({error.strerror})") from None
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Draw what can be drawn. Exit code 1 where a results.json was left out, damaged or of an older form."""
-    parser = utils.Parser(description="Figures 1-8, reliability diagrams and training curves, as PNG files.")
+    """Draw all figures that there are numbers for. Exit code 1 if something had to be left out."""
+    parser = utils.Parser(description="The paper's figures from our runs, and four more.")
     flag = parser.add_argument
     flag("runs", nargs="?", help="the folder of the runs; by default runs")
-    flag("--source", choices=("runs", "paper"), default="runs", help="our runs' numbers, or the published ones")
-    flag("--dataset", default="cifar10", help="the data set in CIFAR-10's place")
-    flag("--arch", default="resnet18", help="the network in ResNet-18's place")
-    flag("--out", default="figures", help="the folder of the figures")
-    flag("--pdf", action="store_true", help="PDF files too")
+    flag("--source", choices=("runs", "paper"), default="runs", help="our numbers or the paper's")
+    flag("--dataset", default="cifar10", help="the data set in place of CIFAR-10")
+    flag("--arch", default="resnet18", help="the network in place of ResNet-18")
+    flag("--out", default="figures", help="the folder for the figures")
+    flag("--pdf", action="store_true", help="write PDF files too")
     args = parser.parse_args(argv)
-    ours = args.source == "runs"
+    ours, out = args.source == "runs", Path(args.out)
     if args.runs and not ours:
-        raise ValueError("--source paper takes no folder of runs")
+        parser.error("--source paper takes no folder of runs")
+    check_writable(out)
 
-    runs, problems = read_results(args.runs or "runs") if ours else ({}, [])
+    runs, problems = tables.read_results(args.runs or "runs") if ours else ({}, [])
     for path, run in runs.items():
-        if (log := path.with_name("log.csv")).exists():
-            run["log"] = np.genfromtxt(log, delimiter=",", names=True, ndmin=1)
-    groups = runs_to_draw(group_runs(runs))
-    logged = {key: group for key, group in groups.items() if all("log" in run for run in group.seeds.values())}
-    numbers = {place: cells_of(g, "best") for place, g in groups.items()} if ours else papers_numbers()
+        try:
+            run["log"] = read_log(path.with_name("log.csv"))
+        except UserError as error:
+            problems.append(str(error))
+    groups = groups_to_draw(tables.group_runs(runs))
+    logged = {p: g for p, g in groups.items() if any("log" in run for run in g.seeds.values())}
+    numbers = {place: tables.cells_of(group, "best") for place, group in groups.items()}
+    if not ours:
+        numbers = published_numbers()
 
-    def pick(values: dict, sets: list[str], arches: list[str], few: bool = False) -> dict:
-        """Those on these data sets and networks, in order; few: Standard, AugMix, MAGNMA, methods of the user's own."""
-        columns = [c for c in columns_of(values) if not few or c not in METHODS or c in ("standard", "augmix", MAGNMA)]
-        return {key: values[key] for key in itertools.product(sets, arches, columns) if key in values}
-
-    sets = list(dict.fromkeys([Path(args.dataset).name.removesuffix(".npz"), "cifar100"]))
-    arches = [args.arch, "densenet121", "inceptionv3"]
-    digit, three = load_dataset("digits", "").train_images[[DIGIT]], pick(numbers, sets, arches, few=True)
-    plan = {"figure1": (branches, digit), "figure4": (gallery, digit), "figure2": (by_network, three, "mca", "mCA (%)"),
-            "figure3": (by_network, three, "corrupt_rmse", "RMS calibration error (%)")}  # fmt: skip
-    for k, dataset in enumerate(sets):
-        plan[f"figure{5 + k}"] = by_method, pick(numbers, [dataset], arches[:1])
-        plan[f"figure{7 + k}"] = profile, pick(numbers, [dataset], arches[:1])
-        plan[f"reliability_{dataset}"] = reliability, pick(groups, [dataset], arches[:1], few=True)
-        plan[f"training_{dataset}"] = training, pick(logged, [dataset], arches[:1])
-    for name, (draw, data, *rest) in sorted(plan.items()):
-        if len(data) == 0:
-            why = "no runs for it; --dataset and --arch name others" if ours else "nothing published for it"
-            print(f"{name} is not drawn: {why}")
+    name = Path(args.dataset).stem if args.dataset.lower().endswith(".npz") else args.dataset
+    datasets, arches = list(dict.fromkeys([name, "cifar100"])), [args.arch]
+    three = pick(numbers, datasets, [*arches, "densenet121", "inceptionv3"], few=True)
+    better = "RMS calibration error (%)\nlower is better"
+    plan = {  # name: what it shows by place (None: needs no numbers), and its function
+        "figure1": (None, lambda _: branches(photograph())),
+        "figure4": (None, lambda _: gallery(photograph())),
+        "figure2": (three, lambda few: by_network(few, "mca", "mCA (%)")),
+        "figure3": (three, lambda few: by_network(few, "corrupt_rmse", better)),
+    }
+    for k, dataset in enumerate(datasets):
+        here = [dataset], arches
+        plan[f"figure{5 + k}"] = pick(numbers, *here), by_method
+        plan[f"figure{7 + k}"] = pick(numbers, *here), by_corruption
+        plan[f"severity_{dataset}"] = pick(groups, *here, few=True), by_severity
+        plan[f"reliability_{dataset}"] = pick(groups, *here, few=True), reliability
+        plan[f"training_{dataset}"] = pick(logged, *here), training
+    for name, (shown, draw) in sorted(plan.items()):
+        if shown == {}:
+            hint = "no runs of it; --dataset and --arch name others" if ours else "not published"
+            print(f"{name} is not drawn: {hint}")
             continue
-        ran = footer({key: groups[key] for key in data if key in groups})
-        note = ran if ours else f"Published numbers: {tables.PAPER['source']}"
-        for suffix in ("png", "pdf") if args.pdf else ("png",):
-            with matplotlib.rc_context(LOOK):
-                save(draw(data, *rest), Path(args.out, f"{name}.{suffix}"), note)
+        note = footer({place: groups[place] for place in shown or {} if place in groups})
+        if not ours:
+            note = f"Published numbers: {tables.PAPER['source']}"
+        try:
+            for suffix in ("png", "pdf") if args.pdf else ("png",):
+                with matplotlib.rc_context(LOOK):
+                    save(draw(shown), out / f"{name}.{suffix}", note)
+        except UserError as error:
+            problems.append(f"{name} is not drawn: {error}")
     for problem in problems:
         print(f"figures.py: {problem}", file=sys.stderr)
     return 1 if problems else 0

@@ -66,3 +66,69 @@ def place(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     os.symlink(home / "data", tmp_path / "data")
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+# Results that no run gave, for tables.py and figures.py
+
+PAPER = {
+    "epochs": 150, "batch_size": 512, "lr": 0.1, "weight_decay": 5e-4, "eval_every": 5,
+    "subset": None, "joint": False, "amp": "off",
+}  # fmt: skip
+SETTING = {"lambda1": 0.2, "lambda2": 0.3, "sigma_max": 0.2, "beta": 1.0}
+
+
+def make_evaluation(
+    clean: float = 90.0,
+    accuracy: float = 80.0,
+    clean_rmse: float = 3.0,
+    corrupt_rmse: float = 5.0,
+    **corruptions: float,
+) -> dict:
+    """An entry of results.json. The five severities of a corruption have the mean `accuracy`, or
+    the value given by the corruption's name."""
+    from data import CORRUPTIONS
+
+    def cell(value: float, rmse: float = 4.0) -> dict:
+        return {
+            "accuracy": value,
+            "rms_calibration_error": rmse,
+            "rms_calibration_error_adaptive": 99.0,
+        }
+
+    means = dict.fromkeys(CORRUPTIONS, accuracy) | corruptions
+    bins = [[0.0, 0.0, 0.0]] * 14 + [[40.0, 36.0, 30.0], [120.0, 118.0, 90.0]]
+    return {
+        "epoch": 7,
+        "clean": cell(clean, clean_rmse),
+        "corruptions": {n: [cell(m + d) for d in (2, 1, 0, -1, -2)] for n, m in means.items()},
+        "mca": sum(means[name] for name in CORRUPTIONS) / 18,
+        "corrupt_rms_calibration_error": corrupt_rmse,
+        "corrupt_rms_calibration_error_adaptive": 99.0,
+        "reliability": {"clean": bins, "corrupt": bins},
+    }
+
+
+def make_results(**changes: object) -> dict:
+    """results.json of the paper's recipe for Standard on CIFAR-10, ResNet-18, evaluated once.
+
+    `changes` replace its keys: best, last, seed, tag, departures, data_source, those of evaluation
+    (evaluation_amp for its amp), and all others in the recipe.
+    """
+    recipe = {"dataset": "cifar10", "arch": "resnet18", "method": "standard", **PAPER}
+    own = SETTING | {"n": 5, "operations": "A"} if changes.get("method") == "magnma" else {}
+    paper = PAPER | own
+    recipe |= own | {
+        "data_sha256": "d" * 64, "train_images": 50000, "classes": 10, "processes": 1,
+    }  # fmt: skip
+    evaluation = {"corruption_source": "official", "test_sha256": "e" * 64, "test_images": 10000}
+    evaluation |= {"amp": changes.pop("evaluation_amp", "off"), "limit": None}
+    evaluation |= {key: changes.pop(key) for key in evaluation.keys() - {"amp"} & changes.keys()}
+    top = {"seed": 0, "tag": "", "best": make_evaluation(), "last": None}
+    top |= {key: changes.pop(key) for key in top.keys() & changes.keys()}
+    top["ran"] = {"data_source": changes.pop("data_source", "official")}
+    departures = changes.pop("departures", None)
+    recipe |= changes
+    if departures is None:
+        named = [key for key in paper if key not in SETTING]
+        departures = {key: recipe[key] for key in named if recipe[key] != paper[key]}
+    return {"recipe": recipe, "departures": departures, "evaluation": evaluation, **top}

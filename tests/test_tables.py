@@ -1,4 +1,4 @@
-"""tables.py on results.json files made here: every number below was computed by hand or stands in the paper."""
+"""tables.py on made-up results: numbers computed by hand, or those that stand in the paper."""
 
 import csv
 import io
@@ -6,64 +6,44 @@ import json
 import re
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import pytest
+from conftest import ROOT, make_evaluation, make_results
 
 import tables
 import utils
 from data import CORRUPTIONS
+from tables import BASELINES, MAGNMA, MIX, NETWORKS, NOISE, SETTINGS
 
-ROOT = Path(tables.__file__).parent
 PAPER = json.loads((ROOT / "paper/tables.json").read_text())["tables"]
-HPARAMS = {"epochs": 150, "batch_size": 512, "lr": 0.1, "weight_decay": 5e-4, "lambda1": 0.2, "lambda2": 0.3,
-           "sigma_max": 0.2, "beta": 1.0, "n": 5, "joint": False, "subset": None, "eval_every": 5,
-           "data": "data"}  # fmt: skip
 
 
-def evaluation(clean=90.0, accuracy=80.0, clean_rmse=3.0, corrupt_rmse=5.0, **corruptions):
-    """The five severities of a corruption average to `accuracy`, or to its own value."""
-
-    def cell(value, rmse=4.0):
-        return {"accuracy": value, "rms_calibration_error": rmse, "rms_calibration_error_adaptive": 99.0}
-
-    means = dict.fromkeys(CORRUPTIONS, accuracy) | corruptions
-    return {
-        "epoch": 7, "clean": cell(clean, clean_rmse), "mca": sum(means[name] for name in CORRUPTIONS) / 18,
-        "corruptions": {name: [cell(mean + d) for d in (2, 1, 0, -1, -2)] for name, mean in means.items()},
-        "corrupt_rms_calibration_error": corrupt_rmse, "corrupt_rms_calibration_error_adaptive": 99.0,
-        "reliability": {kind: [[0, 0, 0]] * 16 for kind in ("clean", "corrupt")},
-    }  # fmt: skip
-
-
-def put(folder, method="standard", best=None, more=(), **hparams):
-    """Write a results.json into a new folder below `folder`, `more` replacing its entries; the path."""
-    content = {
-        "dataset": "cifar10", "arch": "resnet18", "method": method, "tag": "", "seed": 0, "hparams": HPARAMS | hparams,
-        "data_source": "official", "corruption_source": "official", "train_images": 50000, "test_images": 10000,
-        "limit": None, "amp": "off", "evaluation": {"amp": "off"}, "best": best or evaluation(), "last": None,
-    }  # fmt: skip
+def put(folder: Path, **changes) -> Path:
+    """Write make_results(**changes) to results.json in a new folder below `folder`; its path."""
     path = folder / f"run{len(list(folder.glob('run*'))):03}" / "results.json"
     path.parent.mkdir(parents=True)
-    path.write_text(json.dumps(content | dict(more)))
+    path.write_text(json.dumps(make_results(**changes)))
     return path
 
 
-def show(capsys, *argv):
+def show(capsys, *argv) -> str:
     assert tables.main(list(map(str, argv))) == 0
     return capsys.readouterr().out
 
 
-def github(capsys, *argv):
+def github(capsys, *argv) -> tuple[list[list[str]], str]:
     """(the table's rows as lists of cells, all of the text)."""
     text = show(capsys, *argv, "--format", "github")
     rows = [line.strip("|").split(" | ") for line in text.splitlines() if line.startswith("| ")]
     return [[cell.strip() for cell in row] for row in rows], text
 
 
-def test_published_numbers_are_whole_and_agree():
+def test_the_published_numbers_are_complete_and_agree():
     cells = [cell for rows in PAPER.values() for row in rows.values() for cell in row.values()]
-    assert (2 * len(cells), [len(rows) for rows in PAPER.values()]) == (1032, [12, 12, 20, 20, 21])
+    assert 2 * len(cells) == 1032
+    assert [len(rows) for rows in PAPER.values()] == [12, 12, 20, 20, 21]
     assert all(0 < mean < 100 and 0 < deviation < 4 for mean, deviation in cells)
     assert PAPER["1"]["cifar100/densenet121/clean_rmse"]["magnma 0.2 0.3 0.2 1"] == [5.41, 0.74]
     assert PAPER["2"]["cifar10/inceptionv3/mca"]["augmix"] == [90.52, 0.06]
@@ -72,82 +52,231 @@ def test_published_numbers_are_whole_and_agree():
     assert PAPER["5"]["cifar10/resnet18/magnma 0 10 0.2 1"]["corrupt_rmse"] == [3.10, 0.66]
     for table, place in (("3", "cifar10/resnet18"), ("4", "cifar100/resnet18")):
         assert list(PAPER[table]) == [f"{place}/{name}" for name in ("clean", "mca", *CORRUPTIONS)]
-        for column, (mca, _) in PAPER[table][f"{place}/mca"].items():  # rounding: in one column 0.01 away
+        for column, (mca, _) in PAPER[table][f"{place}/mca"].items():
             rows = [PAPER[table][f"{place}/{name}"][column][0] for name in CORRUPTIONS]
-            assert np.mean(rows) == pytest.approx(mca, abs=0.011)
-        assert all(PAPER["2"][f"{place}/{m}"].items() <= PAPER[table][f"{place}/{m}"].items() for m in ("clean", "mca"))
+            assert np.mean(rows) == pytest.approx(mca, abs=0.011)  # rounding
+        for metric in ("clean", "mca"):
+            shown = PAPER[table][f"{place}/{metric}"].items()
+            assert PAPER["2"][f"{place}/{metric}"].items() <= shown
 
 
-def test_list_is_of_means_and_population_deviations_over_seeds(tmp_path, capsys):
-    for seed, shift in enumerate((0, 1, 5)):  # mean 2; deviation over n sqrt(14/3) = 2.16, over n - 1 2.65
-        best = evaluation(90 + shift, 70 + shift, 3 + shift, 5 + shift)
-        put(tmp_path, best=best, more={"seed": seed, "last": evaluation(clean=50) if seed else None})
-    more = {"tag": "ab", "dataset": "mine", "arch": "vgg", "data_source": "my cat", "amp": "bf16"}
-    put(tmp_path, "mixup", evaluation(my_corruption=11.0), more, epochs=7)
+def test_the_slips_in_the_paper_follow_from_its_own_tables():
+    """Each slip that NOTES.md lists and that is about numbers, recomputed from Tables 1-5."""
+
+    def value(dataset, column, metric, arch="resnet18"):
+        return paper[dataset, arch, column, metric].mean
+
+    def gain(dataset, metric, column, over):
+        gains = [
+            value(dataset, over, metric, a) - value(dataset, column, metric, a) for a in NETWORKS
+        ]
+        return fmean(gains) * (1 if metric.endswith("rmse") else -1)
+
+    def leads(dataset, own, rivals):
+        """In how many corruptions one of `own` is ahead of all rivals, and level with the best."""
+        ahead = [
+            max(value(dataset, c, name) for c in own) - max(value(dataset, c, name) for c in rivals)
+            for name in CORRUPTIONS
+        ]
+        return sum(lead > 1e-9 for lead in ahead), sum(abs(lead) < 1e-9 for lead in ahead)
+
+    paper, table5 = tables.published("1234"), tables.published("5")
+    ten, hundred = "cifar10", "cifar100"
+
+    # Sec. 4: 2.81 points over AugMix on CIFAR-10-C; the other averages hold
+    assert gain(ten, "corrupt_rmse", MAGNMA, "augmix") == pytest.approx(1.81, abs=0.005)
+    for dataset, metric, over, points in (
+        (ten, "corrupt_rmse", "standard", 15.4),
+        (hundred, "corrupt_rmse", "standard", 16.2),
+        (hundred, "corrupt_rmse", "augmix", 4.73),
+        (ten, "mca", "standard", 13.0),
+        (hundred, "mca", "standard", 16.9),
+    ):
+        digit = 0.005 if points == 4.73 else 0.05
+        assert gain(dataset, metric, MAGNMA, over) == pytest.approx(points, abs=digit + 1e-9)
+
+    # Sec. 7.4: 13.6 points on CIFAR-100
+    assert value(hundred, MAGNMA, "mca") - value(hundred, "standard", "mca") == pytest.approx(16.65)
+
+    # "the best corrupt accuracy for the majority of corruptions": (alone ahead, tied) of 18
+    ablations = (NOISE, MIX)
+    assert leads(ten, [MAGNMA], [*BASELINES, *ablations]) == (4, 1)
+    assert leads(hundred, [MAGNMA], [*BASELINES, *ablations]) == (1, 1)
+    assert leads(ten, [MAGNMA], BASELINES) == (11, 1)
+    assert leads(hundred, [MAGNMA], BASELINES) == (9, 1)
+    assert leads(ten, [MAGNMA, *ablations], BASELINES)[0] == 13
+    assert leads(hundred, [MAGNMA, *ablations], BASELINES)[0] == 11
+    for dataset, tied in ((ten, "zoom_blur"), (hundred, "elastic_transform")):  # bold misses these
+        assert value(dataset, MAGNMA, tied) == value(dataset, "augmix", tied)
+
+    # Tables 1 and 2: "large/moderate" gains over AugMix everywhere
+    worse = {
+        (dataset, arch): round(value(dataset, c, m, arch) - value(dataset, "augmix", m, arch), 2)
+        for dataset in (ten, hundred)
+        for arch in NETWORKS
+        for c, m in [(MAGNMA, "clean_rmse")]
+        if value(dataset, c, m, arch) > value(dataset, "augmix", m, arch)
+    }
+    assert worse == {(ten, "resnet18"): 0.09, (hundred, "densenet121"): 2.26}
+    for arch, difference in (("inceptionv3", -0.03), ("densenet121", 0.19)):
+        ahead = value(ten, MAGNMA, "mca", arch) - value(ten, "augmix", "mca", arch)
+        assert ahead == pytest.approx(difference, abs=1e-9)
+    for dataset in (ten, hundred):  # Fig. 3's caption holds
+        for arch in NETWORKS:
+            rivals = [value(dataset, c, "corrupt_rmse", arch) for c in ("standard", "augmix")]
+            assert value(dataset, MAGNMA, "corrupt_rmse", arch) < min(rivals)
+
+    # Table 3's three MAGNMA columns, by Sec. 4's gains over Standard
+    for column, points in ((NOISE, 9.3), (MIX, 11.8), (MAGNMA, 13.6)):
+        points_over = value(ten, column, "mca") - value(ten, "standard", "mca")
+        assert points_over == pytest.approx(points, abs=0.05)
+
+    # noise only: two values of one cell; all others that stand in two tables agree
+    twice = {key: (paper[key].mean, cell.mean) for key, cell in table5.items() if key in paper}
+    unlike = {key: pair for key, pair in twice.items() if pair[0] != pair[1]}
+    assert unlike == {(ten, "resnet18", NOISE, "mca"): (87.14, 87.13)}
+
+    # "noise: digital noise; mixed: blur and contrast": where the other ablation is ahead
+    noises = ("impulse_noise", "shot_noise", "speckle_noise")
+    blurs = ("contrast", *(name for name in CORRUPTIONS if name.endswith("_blur")))
+    wrong = {}
+    for dataset in (ten, hundred):
+        for names, column, other in ((noises, NOISE, MIX), (blurs, MIX, NOISE)):
+            for name in names:
+                assert value(dataset, column, name) > value(dataset, "standard", name)
+                lead = value(dataset, column, name) - value(dataset, other, name)
+                if lead < 0:
+                    wrong[dataset, name] = round(-lead, 1)
+    assert wrong == {
+        (ten, "glass_blur"): 8.9, (hundred, "glass_blur"): 18.0, (hundred, "impulse_noise"): 2.4,
+    }  # fmt: skip
+
+    # Sec. 7.4: "do not change significantly": the largest spread in noise only, mix only, both
+    parts: dict[tuple, list[str]] = {}
+    for setting in SETTINGS:
+        _, lambda1, lambda2, *_ = setting.split()
+        parts.setdefault((lambda1 == "0", lambda2 == "0"), []).append(setting)
+    spread = {}
+    for metric in tables.SUMMARY:
+        cells = [[table5[ten, "resnet18", s, metric].mean for s in part] for part in parts.values()]
+        spread[metric] = max(max(means) - min(means) for means in cells)
+    assert max(spread[metric] for metric in ("clean", "mca", "clean_rmse")) < 1
+    assert spread["corrupt_rmse"] == pytest.approx(2.64)
+
+
+def test_the_list_has_means_and_population_deviations_over_seeds(tmp_path, capsys):
+    for seed, shift in enumerate((0, 1, 5)):  # mean 2; deviation by n sqrt(14/3), by n - 1 2.65
+        best = make_evaluation(90 + shift, 70 + shift, 3 + shift, 5 + shift)
+        last = make_evaluation(clean=50) if seed else None
+        put(tmp_path, best=best, last=last, seed=seed)
+    put(tmp_path, dataset="mine", arch="vgg", method="mixup", tag="ab", amp="bf16", epochs=7)
     rows, _ = github(capsys, tmp_path)
-    assert " ".join(rows[1]) == ("cifar10 resnet18 standard 0 1 2 150 off 50000/10000 official"
-                                 " 92.00±2.16 72.00±2.16 5.00±2.16 7.00±2.16")  # fmt: skip
-    assert " ".join(rows[2]) == "mine vgg mixup-ab 0 7 bf16/off 50000/10000 official 90.00 80.00 3.00 5.00"
-    assert re.search(r"& standard +& 0 1 2 +& ", show(capsys, tmp_path, "--format", "latex"))
-    first, second = csv.DictReader(io.StringIO(show(capsys, tmp_path, "--checkpoint", "last", "--csv")))
-    assert (first["seeds"], first["clean"], first["clean_deviation"]) == ("1 2", "50.0", "0.0")
-    assert (second["seeds"], second["clean"], second["mca_deviation"]) == ("—", "", "")
+    assert rows[1] == [
+        "cifar10", "resnet18", "standard", "0 1 2", "150", "off", "50000/10000", "official",
+        "92.00±2.16", "72.00±2.16", "5.00±2.16", "7.00±2.16",
+    ]  # fmt: skip
+    want = "mine vgg mixup-ab 0 7 bf16/off 50000/10000 official 90.00 80.00 3.00 5.00"
+    assert " ".join(rows[2]) == want
+    last, _ = github(capsys, tmp_path, "--checkpoint", "last")
+    assert (last[1][3], last[1][8], last[2][3], last[2][8]) == ("1 2", "50.00±0.00", "—", "—")
     assert "resnet18" not in show(capsys, tmp_path, "--arch", "vgg")
+    latex = show(capsys, tmp_path, "--format", "latex")
+    assert "\\toprule" in latex
+    assert re.search(r"& standard +& 0 1 2 +& ", latex)
 
 
-def test_unlike_runs_are_never_averaged_and_a_second_of_a_seed_is_named(tmp_path, capsys):
-    bad = evaluation(clean=10)
+def test_unlike_runs_are_never_averaged_and_a_second_run_of_a_seed_is_named(tmp_path, capsys):
+    bad = make_evaluation(clean=10)
     put(tmp_path)
-    again = put(tmp_path, best=bad, data="elsewhere")
-    for change in ({"amp": "bf16"}, {"evaluation": {"amp": "fp16"}}, {"data_source": "a copy"}, {"tag": "my_code"},
-                   {"corruption_source": "generated"}, {"limit": 100, "test_images": 100}):  # fmt: skip
-        put(tmp_path, best=bad, more=change | {"seed": 1})
-    put(tmp_path, best=bad, more={"seed": 1}, lr=0.05)
+    again = put(tmp_path, best=bad)
+    unlike = [
+        {"amp": "bf16"}, {"evaluation_amp": "fp16"}, {"data_sha256": "f" * 64}, {"tag": "my_code"},
+        {"corruption_source": "generated"}, {"limit": 100}, {"test_sha256": "0" * 64}, {"lr": 0.05},
+        {"processes": 2},
+    ]  # fmt: skip
+    for change in unlike:
+        put(tmp_path, best=bad, seed=1, **change)
+    put(tmp_path, seed=1, data_source="the same, elsewhere")  # averaged with the first
     rows, text = github(capsys, tmp_path)
-    assert sorted(row[8] for row in rows[1:]) == ["10.00"] * 7 + ["90.00"]
-    for note in (f"its seed is there already: {again}", "rows of cifar10 resnet18 standard differ in ",
-                 "lr 0.1 | 0.1 | 0.1 | 0.1 | 0.1 | 0.1 | 0.05"):  # fmt: skip
-        assert note in text
-    rows, text = github(capsys, tmp_path, "--table", "3")  # shows the run nearest to the paper's
-    assert rows[1][2] == "90.00"
-    assert text.count("Standard was also run with (shown | not shown) ") == 7
-    put(tmp_path, "gn", bad)
-    for seed in (0, 1):
-        put(tmp_path, "gn", evaluation(clean=20), {"seed": seed, "tag": "two"})
-    assert github(capsys, tmp_path, "--table", "3")[0][1][6] == "20.00±0.00"  # of runs alike, that of more seeds
+    assert sorted(row[8] for row in rows[1:]) == ["10.00"] * len(unlike) + ["90.00±0.00"]
+    assert f"another run has this seed): {again}" in text
+    assert "the rows of cifar10 resnet18 standard differ in " in text
+    assert "data_sha256 dddddddd | dddddddd | dddddddd | ffffffff |" in text
+    rows, text = github(capsys, tmp_path, "--table", "3")  # shows the run closest to the paper's
+    assert rows[1][2] == "90.00±0.00"
+    assert text.count("Standard, further runs (shown | not shown): ") == len(unlike)
+    put(tmp_path, method="gn", best=bad)
+    for seed in (0, 1):  # as close, and more seeds
+        put(tmp_path, method="gn", tag="two", best=make_evaluation(clean=20), seed=seed)
+    assert github(capsys, tmp_path, "--table", "3")[0][1][6] == "20.00±0.00"
 
 
 def test_table_3_has_ours_the_papers_and_the_difference(tmp_path, capsys):
+    magnma = partial(put, tmp_path, method="magnma")
     for seed in range(3):  # more seeds, but further from the paper's recipe
-        put(tmp_path, "magnma", evaluation(clean=11), {"seed": seed}, n=2)
-    put(tmp_path, "magnma", evaluation(clean=12), joint=True)
+        magnma(best=make_evaluation(clean=11), seed=seed, n=2)
+    magnma(best=make_evaluation(clean=12), joint=True)
     for seed, shift in enumerate((-1, 1)):
-        put(tmp_path, "magnma", evaluation(95 + shift, 91.5 + shift, glass_blur=80 + shift), {"seed": seed})
-    put(tmp_path, "magnma", evaluation(clean=93.70), {"corruption_source": "generated"}, lambda2=0.0, epochs=20)
-    put(tmp_path, "magnma", None, {"amp": "bf16"}, lambda1=0.0, lambda2=5.0, eval_every=1)
-    put(tmp_path, "magnma", None, {"tag": "l1_0.7"}, lambda1=0.7)  # of no table
-    put(tmp_path, "mixup", evaluation(my_corruption=11.0))
+        best = make_evaluation(95 + shift, 91.5 + shift, glass_blur=80 + shift)
+        magnma(best=best, seed=seed, last=best)
+    noise = make_evaluation(clean=93.70)
+    magnma(best=noise, lambda2=0.0, epochs=20, corruption_source="generated", operations="augmix")
+    magnma(lambda1=0.0, lambda2=5.0, eval_every=1, amp="bf16", limit=2000)
+    magnma(lambda1=0.7, tag="l1_0.7")  # of no table
+    put(tmp_path, method="mixup", best=make_evaluation(my_corruption=11.0), train_images=49000)
     (header, *rows), text = github(capsys, tmp_path, "--table", "3")
-    assert header[6:] == ["GN", "AugMix", "MAGNMA noise", "MAGNMA mix", "MAGNMA", "magnma-l1_0.7", "mixup"]
-    assert rows[0] == ["Clean", "ours", *["—"] * 6, "93.70", "90.00", "95.00±1.00", "90.00", "90.00"]
-    assert rows[1][6:] == ["91.84±0.27", "95.33±0.40", "93.70±0.34", "95.47±0.16", "95.14±0.17", "—", "—"]
+    assert header[6:] == [
+        "GN", "AugMix", "MAGNMA noise", "MAGNMA mix", "MAGNMA", "magnma-l1_0.7", "mixup",
+    ]  # fmt: skip
+    assert rows[0] == [
+        "Clean", "ours", *["—"] * 6, "93.70", "90.00", "95.00±1.00", "90.00", "90.00",
+    ]  # fmt: skip
+    assert rows[1][6:] == [
+        "91.84±0.27", "95.33±0.40", "93.70±0.34", "95.47±0.16", "95.14±0.17", "—", "—",
+    ]  # fmt: skip
     assert rows[2][1:] == ["difference", *["—"] * 6, "+0.00", "-5.47", "-0.14", "—", "—"]
     assert rows[3][10] == "90.86±1.00"  # mCA: (17 * 91.5 + 80) / 18
     glass = [row[0] for row in rows].index("Glass Blur")
     assert [row[10] for row in rows[glass : glass + 3]] == ["80.00±1.00", "84.21±0.38", "-4.21"]
     assert rows[-1] == ["my_corruption", "ours", *["—"] * 10, "11.00"]
     assert len(rows) == 3 * 20 + 1
-    for note in ("corruption_source generated (paper: official): MAGNMA noise", "epochs 20 (paper: 150): MAGNMA noise",
-                 "eval_every 1 (paper: 5): MAGNMA mix", "amp bf16 (paper: off): MAGNMA mix",
-                 "2 of the paper's 3 seeds: MAGNMA\n",
-                 "MAGNMA was also run with (shown | not shown) n 5 | 2; seeds 0 1 2",
-                 "MAGNMA was also run with (shown | not shown) joint False | True; seeds 0"):  # fmt: skip
-        assert f"- {note}" in text
+    for note in (
+        "MAGNMA noise: generated corruptions; --epochs 20; --operations augmix",
+        "MAGNMA mix: --eval-every 1; --amp bf16; evaluated on the first 2000 test images",
+        "mixup: 49000 training images",
+        "MAGNMA: 2 of 3 seeds",
+        "MAGNMA noise, MAGNMA mix, magnma-l1_0.7, mixup: 1 of 3 seeds; last.pt not evaluated",
+        "MAGNMA, further runs (shown | not shown): n 5 | 2; seeds 0 1 2",
+        "MAGNMA, further runs (shown | not shown): joint False | True; seeds 0",
+    ):
+        assert note in text
+
+
+def test_augmixs_nine_operations_are_further_columns_and_rows(tmp_path, capsys):
+    for lambda1, lambda2, clean in ((0.2, 0.3, 91), (0.0, 5.0, 92), (0.2, 5.0, 93)):
+        for operations, more in (("A", 0), ("augmix", 0.5)):
+            best = make_evaluation(clean=clean + more)
+            setting = {"lambda1": lambda1, "lambda2": lambda2, "operations": operations}
+            put(tmp_path, method="magnma", best=best, **setting)
+    (header, *rows), text = github(capsys, tmp_path, "--table", "3")
+    assert header[8:] == [
+        "MAGNMA noise", "MAGNMA mix", "MAGNMA", "MAGNMA mix, nine", "MAGNMA, nine",
+    ]  # fmt: skip
+    assert rows[0][8:] == ["—", "92.00", "91.00", "92.50", "91.50"]
+    assert rows[2][8:] == ["—", "-3.47", "-4.14", "—", "—"]
+    assert "- MAGNMA mix, nine, MAGNMA, nine: --operations augmix\n" in text
+    rows, _ = github(capsys, tmp_path, "--table", "5")
+    assert [row[:3] for row in rows[-3:]] == [
+        ["(0, 5, 0.2, 1), nine", "ours", "92.50"],
+        ["(0.2, 0.3, 0.2, 1), nine", "ours", "91.50"],
+        ["(0.2, 5, 0.2, 1), nine", "ours", "93.50"],
+    ]
+    assert ["(0.2, 5, 0.2, 1)", "ours", "93.00"] in [row[:3] for row in rows]
 
 
 def test_smaller_runs_in_the_papers_layout(tmp_path, capsys):
-    more = {"dataset": "copies", "arch": "resnet20", "limit": 500}
-    put(tmp_path, "magnma", evaluation(81.0, 71.0, 2.0, 6.0), more, n=2)
+    best = make_evaluation(81.0, 71.0, 2.0, 6.0)
+    put(tmp_path, method="magnma", best=best, dataset="copies", arch="resnet20", n=2, limit=500)
     for number, row, want in (
         ("1", 1, ["ResNet-20", "copies", "ours", "—", "—", "2.00"]),
         ("1", 3, ["ResNet-20", "copies-C", "ours", "—", "—", "6.00"]),
@@ -156,98 +285,81 @@ def test_smaller_runs_in_the_papers_layout(tmp_path, capsys):
         ("4", 3, ["mCA", "ours", *["—"] * 8, "71.00"]),
         ("5", 33, ["(0.2, 0.3, 0.2, 1)", "ours", "81.00", "71.00", "2.00", "6.00"]),
     ):
-        rows, text = github(capsys, tmp_path, "--table", number, "--dataset", "dir/copies.npz", "--arch", "resnet20")
+        flags = ["--table", number, "--dataset", "dir/copies.NPZ", "--arch", "resnet20"]
+        rows, text = github(capsys, tmp_path, *flags)
         assert rows[row] == want
         place = "CIFAR-100" if number == "4" else "CIFAR-10"
-        assert f"copies in the place of {place}, ResNet-20 in the place of ResNet-18" in text.splitlines()[0]
-        assert ["difference" in text, "limit 500: all" in text, "n 2 (paper: 5): all" in text] == [False, True, True]
-    assert show(capsys, tmp_path, "--table", "all").count("ours: no run of these data sets") == 5
+        moved = f"copies in place of {place}, ResNet-20 in place of ResNet-18"
+        assert moved in text.splitlines()[0]
+        assert "difference" not in text
+        assert "all: --n 2; evaluated on the first 500 test images; 1 of 3 seeds" in text
+    assert show(capsys, tmp_path, "--table", "all").count("no runs of these data sets") == 5
 
 
-def test_the_slips_come_out_of_the_papers_own_tables(tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # no runs at all
-    rows = github(capsys, "--claims")[0][1:]
-    assert {tuple(row[4:]) for row in rows[:-1]} == {("not all run", "cannot say")}
-    assert [row[3] for row in rows].count("does not hold") == 14
-    found = {f"{row[0]}, {row[1]}": f"{row[2]} {row[3]}" for row in rows}
-    best, alone, spread = (
-        "MAGNMA best for most corruptions",
-        "alone in {} of 18, tied in 1 {}",
-        "(spread: noise; mix; both)",
-    )
-    for words, said in (
-        ("Sec. 7.4, CIFAR-100: mCA of MAGNMA better than Standard's by 13.6", "16.65 does not hold"),
-        ("Sec. 4, CIFAR-10: Corrupt RMSE of MAGNMA better than AugMix's by 2.81, mean of 3 networks", "1.81 does not"),
-        (f"Sec. 4, CIFAR-10: {best}", alone.format(4, "does not")),
-        (f"Sec. 4, CIFAR-100: {best}", alone.format(1, "does not")),
-        ("Sec. 4, CIFAR-10: the same, its ablations left out", alone.format(11, "holds")),
-        ("Sec. 4, CIFAR-100: the same, its ablations left out", alone.format(9, "does not hold")),
-        ("Sec. 4, CIFAR-10: the same, its ablations counted as MAGNMA", alone.format(13, "holds")),
-        ("Sec. 4, CIFAR-100: the same, its ablations counted as MAGNMA", alone.format(11, "holds")),
-        ("Sec. 4, CIFAR-100: AugMix ahead within the deviation only", "13 of 18; Defocus Blur +0.45; Gaussian Blur"),
-        ("Table 1, CIFAR-10: RMSE below AugMix's", "5 of 6; Clean RMSE over AugMix -0.09 (ResNet-18) does not"),
-        ("Table 1, CIFAR-100: RMSE below AugMix's", "5 of 6; Clean RMSE over AugMix -2.26 (DenseNet-121) does not"),
-        ("Table 2, CIFAR-10: mCA above AugMix's by 0.5 (a moderate gain)",
-         "1 of 3; mCA over AugMix +0.19 (DenseNet-121); mCA over AugMix -0.03 (Inception-V3) does not"),
-        ("Fig. 2, CIFAR-10: largest mCA, but for one at most", "5 of 6; mCA over AugMix -0.03 (Inception-V3) holds"),
-        ("Tables, 1, 3 and 5 agree on the same runs", "MAGNMA noise mCA 87.14 and 87.13 does not hold"),
-        ("Sec. 4, CIFAR-10: mix only leads noise only on blur and contrast", "5 of 6; Glass Blur over MAGNMA noise -8"),
-        ("Sec. 4, CIFAR-100: noise only leads mix only on noise", "2 of 3; Impulse Noise over MAGNMA mix -2.43 does"),
-        ("Sec. 4, CIFAR-100: mix only leads noise only on blur and contrast",
-         "5 of 6; Glass Blur over MAGNMA noise -18.03 does not hold"),
-        (f"Sec. 7.4, Table 5: Clean RMSE does not change significantly {spread}", "0.53; 0.69; 0.84 holds"),
-        (f"Sec. 7.4, Table 5: Corrupt RMSE does not change significantly {spread}", "0.64; 2.64; 1.73 does not"),
-    ):  # fmt: skip
-        assert found[words].startswith(said), words
+def test_csv_has_a_row_for_each_run_checkpoint_corruption_and_severity(tmp_path, capsys):
+    last = make_evaluation(clean=50.0)
+    first = put(tmp_path, method="rse", limit=2000, test_images=2000, tag="x", last=last)
+    put(tmp_path, seed=1, dataset="mine")
+    rows = list(csv.DictReader(io.StringIO(show(capsys, tmp_path, "--csv"))))
+    assert len(rows) == 3 * (1 + 18 * 5)
+    assert list(rows[0].values()) == [
+        "cifar10", "resnet18", "rse", "x", "0", str(first.parent), "official", "2000", "best", "7",
+        "clean", "0", "90.0", "3.0", "99.0",
+    ]  # fmt: skip
+    shown = {(r["run"], r["checkpoint"], r["corruption"], r["severity"]): r for r in rows}
+    assert len(shown) == len(rows)
+    assert shown[str(first.parent), "last", "fog", "5"]["accuracy"] == "78.0"
+    assert shown[str(first.parent), "last", "clean", "0"]["accuracy"] == "50.0"
+    assert show(capsys, tmp_path, "--csv", "--dataset", "mine").count("\n") == 1 + 91
 
 
-@pytest.mark.parametrize("place", [{}, {"dataset": "copies", "arch": "resnet20"}])
-def test_claims_from_our_runs(tmp_path, capsys, place):
-    put(tmp_path, best=evaluation(90, 70, 5, 20), more=place)
-    put(tmp_path, "augmix", evaluation(91, 80, 5, 9), place)
-    put(tmp_path, "at", evaluation(89, 70, 5, 9), place)
-    put(tmp_path, "magnma", evaluation(89.5, 83.5, 5, 8), place)
-    put(tmp_path, "magnma", evaluation(80, 69, 5, 8), place, lambda2=0.0)
-    put(tmp_path, "magnma", evaluation(80, 97, 5, 8), place, lambda1=0.0, lambda2=5.0, epochs=9)
-    flags = [part for name, value in place.items() for part in (f"--{name}", value)]
-    rows, text = github(capsys, tmp_path, "--claims", *flags)
-    found = {row[1]: row[4:] for row in rows}
-    for words, said, verdict in (
-        ("mCA of MAGNMA better than Standard's by 13.6", "13.50", "supports"),
-        ("mCA of AugMix better than Standard's by 11.9", "10.00", "in part"),
-        ("mCA of MAGNMA noise better than Standard's by 9.3", "-1.00", "contradicts"),
-        ("mCA of MAGNMA mix better than Standard's by 11.8", "not all run", "cannot say"),
-        ("MAGNMA keeps clean accuracy, to a point", "1 of 1", "supports"),
-        ("MAGNMA's mCA above every baseline's", "3 of 3; 3 not run", "cannot say"),
-        ("AT and TRADES lose more than a point of it", "0 of 1; Clean over AT +1.00", "contradicts"),  # just a point
-        ("AugMix ahead within the deviation only", "one seed has no deviation", "cannot say"),
-    ):
-        assert found[f"CIFAR-10: {words}"] == [said, verdict]
-    assert "- not compared, since run otherwise (epochs): CIFAR-10, ResNet-18, MAGNMA mix\n" in text
-
-
-def test_other_peoples_folders_end_in_no_traceback(tmp_path, capsys):
-    put(tmp_path, "theirs", evaluation(mine=11.0), {"tag": None, "train_images": None})
-    put(tmp_path, "magnma", lambda1="a", epochs="many", subset=[1])
-    put(tmp_path, None, None, {"seed": None, "best": None, "foreign": evaluation(), "amp": None,
-                                 "hparams": {"checkpoint": "their/foreign.pt"}})
-    put(tmp_path).write_text("{")
-    for argv in ("", "--csv", "--claims", "--table all", "--checkpoint last", "--table 3 --format latex"):
-        assert tables.main([str(tmp_path), *argv.split()]) == 1
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda r: r["recipe"].pop("dataset"), "KeyError('dataset')"),
+        (lambda r: r.update(seed="0"), "its seed has the wrong type"),
+        (lambda r: r.update(best=None), "no evaluation"),
+        (lambda r: r["best"].pop("clean"), "KeyError('clean')"),
+        (lambda r: r["best"].update(mca=81.0), "its mCA is 81.0, but its 90 accuracies"),
+        (lambda r: r["best"]["corruptions"].pop("fog"), "KeyError('fog')"),
+        (lambda r: r["best"]["corruptions"]["fog"].pop(), "does not have 5 severities"),
+        (lambda r: r["best"]["clean"].update(accuracy=float("nan")), "not a percentage"),
+        (lambda r: r["best"]["reliability"].update(clean=[[1, 2]]), "3 numbers per bin"),
+    ],
+)
+def test_a_damaged_results_json_is_named_and_left_out(tmp_path, capsys, damage, said):
+    put(tmp_path)
+    path = put(tmp_path, method="gn")
+    content = json.loads(path.read_text())
+    damage(content)
+    path.write_text(json.dumps(content))
+    for flags in ([], ["--csv"], ["--table", "all"], ["--checkpoint", "last"]):
+        assert tables.main([str(tmp_path), *flags]) == 1
         out, err = capsys.readouterr()
-        assert re.fullmatch(r"tables.py: \S+run003/results.json is left out: .*\n", err)
-        assert argv == "--claims" or "theirs" in out
-        assert not [line for line in out.splitlines() if "foreign" in line and "None" in line]
+        assert err.startswith(f"tables.py: {path} is left out: ")
+        assert said in err
+        assert "," in out or "standard" in out  # the rest is shown
 
 
 def test_mistakes_are_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     put(tmp_path / "runs")
+    put(tmp_path / "runs", dataset="mine", arch="vgg")
     (tmp_path / "empty").mkdir()
-    for argv, said in (("empty", "no results.json below empty"), ("nowhere --claims", "no results.json below nowhere"),
-                       ("--arch resnet2O", "--arch resnet2O: no such run; there are runs of resnet18"),
-                       ("--csv --claims", "--csv is for the list"), ("--table 6", "invalid choice")):  # fmt: skip
+    for argv, said in (
+        ("empty", "no results.json below empty"),
+        ("--arch resnet2O", "--arch resnet2O: no such run. There are runs of resnet18, vgg"),
+        ("--arch vgg --dataset cifar10", "no run is of both --dataset cifar10 and --arch vgg"),
+    ):
         assert utils.run_main(partial(tables.main, argv.split())) == 2
         out, err = capsys.readouterr()
         assert (out, err.count("\n"), said in err) == ("", 1, True)
-    assert not re.search(r"^(import|from) (train|figures|benchmark)\b", (ROOT / "tables.py").read_text(), re.MULTILINE)
+    for argv in ("--csv --table 1", "--table 6", "--claims"):
+        with pytest.raises(SystemExit, match="2"):
+            tables.main(argv.split())
+
+
+def test_the_committed_results_are_sound(capsys):
+    rows, text = github(capsys, ROOT / "results")
+    assert ["digits", "resnet20", "magnma", "0", "8", "off", "1437/360"] in [r[:7] for r in rows]
+    assert "not shown" not in text
