@@ -136,6 +136,7 @@ done
 [[ -z $FLAGS || $(realpath -m "$ROOT") != "$(realpath -m runs)" ]] ||
   die "with FLAGS the runs are not the paper's. Name another folder than runs, as ROOT=runs-quick"
 [[ $mode != list ]] || { commands | cut -f 2- && exit; }
+[[ $mode != run ]] || { mkdir -p "$ROOT" && [[ -w $ROOT ]]; } 2>/dev/null || die "cannot write to ROOT=$ROOT"
 if [[ $mode == run && $DEVICE == cuda ]]; then
   visible=${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null)} || true
   gpus=$(tr , '\n' <<<"$visible" | grep -cE '^([0-9]|GPU-|MIG-)') || true
@@ -159,7 +160,6 @@ done
 [[ $mode != data ]] || exit 0
 
 # The runs
-mkdir -p "$ROOT" && [[ -w $ROOT ]] || die "cannot write to ROOT=$ROOT"
 cores=$(nproc)
 [[ $DEVICE == cuda ]] || export OMP_NUM_THREADS=$((cores > GPUS ? cores / GPUS : 1))
 total=$(wc -l <<<"$lines")
