@@ -1,9 +1,12 @@
-"""Algorithm 1's loop against a plain one, what a run writes, exact resume after kills, two processes."""
+"""The loop against a plain one, what a run writes, exact resume, two processes, refusals."""
 
-import argparse
+import contextlib
 import copy
 import csv
 import dataclasses
+import fcntl
+import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -13,6 +16,8 @@ import signal
 import socket
 import sys
 import time
+import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,51 +29,76 @@ import losses
 import train
 import utils
 from data import load_dataset
-from evaluate import predict
 
-FLAGS = "--arch resnet20 --method gn --batch-size 16 --lr 0.05 --weight-decay 0.05 --device cpu"
-FILES = {"best.pt", "config.json", "last.pt", "log.csv"}
+FLAGS = [
+    "--dataset", "data/tiny.npz", "--arch", "resnet20", "--method", "gn", "--batch-size", "16",
+    "--lr", "0.05", "--weight-decay", "0.05", "--device", "cpu",
+]  # fmt: skip
+FILES = {"best.pt", "config.json", "last.pt", "lock", "log.csv"}
 
 
 class Tiny(nn.Module):
-    """Stands in for ResNet-20, to be quick, with all that has a state: batch norm, and dropout, which draws."""
+    """In place of ResNet-20, to be fast, with what has state: batch norm, and dropout's draws."""
 
     def __init__(self):
         super().__init__()
-        self.conv, self.bn, self.fc = nn.Conv2d(3, 8, 5, stride=4), nn.BatchNorm2d(8), nn.Linear(8 * 49, 10)
+        self.conv, self.bn = nn.Conv2d(3, 8, 5, stride=4), nn.BatchNorm2d(8)
+        self.fc = nn.Linear(8 * 49, 10)
 
     def forward(self, x):
-        return self.fc(nn.functional.dropout(torch.relu(self.bn(self.conv(x))).flatten(1), 0.3, self.training))
+        hidden = torch.relu(self.bn(self.conv(x))).flatten(1)
+        return self.fc(nn.functional.dropout(hidden, 0.3, self.training))
 
 
 @pytest.fixture(autouse=True)
-def tiny_network(monkeypatch):
+def _tiny_network(monkeypatch):
     monkeypatch.setattr(train, "build_model", lambda *_: Tiny())
-
-
-@pytest.fixture(scope="session")
-def npz(tmp_path_factory):
-    """The path of a data set of 70 training and 16 test images, ten classes of a colour each."""
-    path, rng = tmp_path_factory.mktemp("npz") / "mine.npz", np.random.default_rng(0)
-    arrays = {}
-    for part, count in (("train", 70), ("test", 16)):
-        labels = np.arange(count) % 10
-        noise = rng.integers(0, 80, (count, 32, 32, 3))
-        arrays[f"{part}_images"] = (noise + 17 * labels[:, None, None, None]).astype(np.uint8)
-        arrays[f"{part}_labels"] = labels
-    np.savez(path, **arrays)
-    return str(path)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
 
 
 @pytest.fixture
-def run(npz, tmp_path):
-    """Train in this process; returns the run's folder."""
+def run(place):
+    """Train in this process, with FLAGS; returns the run's folder."""
 
     def run(*flags, out="run"):
-        train.main([*FLAGS.split(), "--dataset", npz, "--out", str(tmp_path / out), *map(str, flags)])
-        return tmp_path / out
+        train.main([*FLAGS, "--out", out, *map(str, flags)])
+        return Path(out)
 
     return run
+
+
+@pytest.fixture
+def refused(run, capsys):
+    """The one line with which a run ends, after exit code 2."""
+
+    def refused(*flags, **options):
+        capsys.readouterr()
+        assert utils.run_main(lambda: run(*flags, **options) and 0) == 2
+        line = capsys.readouterr().err
+        assert line.startswith("train.py: ")
+        assert line.count("\n") == 1
+        return line
+
+    return refused
+
+
+@contextlib.contextmanager
+def at_step(step, change, method="gn"):
+    """The loss of the `step`-th step from now is change(loss), which may raise."""
+    loss_of, steps = losses.METHODS[method].loss, itertools.count(1)
+
+    @functools.wraps(loss_of)
+    def changed(f, *args, **hparams):
+        loss, logits = loss_of(f, *args, **hparams)
+        return change(loss) if next(steps) == step else loss, logits
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(losses.METHODS, method, losses.Method(changed))
+        yield
+
+
+def fail(error):
+    raise error
 
 
 def rows(folder):
@@ -77,11 +107,11 @@ def rows(folder):
 
 
 def assert_same_run(a, b):
-    """Weights, optimiser, scaler and log bit for bit, but for times and memory; and the same files."""
+    """Weights, optimiser, scaler and log are equal bit for bit, except times; the files too."""
     for name in ("last.pt", "best.pt"):
-        ours, theirs = (utils.load_checkpoint(folder / name) for folder in (a, b))
-        for key in {"epoch", "model", "optimizer", "scaler"} & ours.keys():
-            torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=0)
+        first, second = (utils.load_checkpoint(folder / name) for folder in (a, b))
+        for key in {"epoch", "model", "optimizer", "scaler"} & first.keys():
+            torch.testing.assert_close(first[key], second[key], rtol=0, atol=0)
     logs = [[[row[key] for key in train.LOG[:5]] for row in rows(folder)] for folder in (a, b)]
     assert logs[0] == logs[1]
     assert {p.name for p in a.iterdir()} == {p.name for p in b.iterdir()} == FILES
@@ -91,49 +121,141 @@ def assert_same_run(a, b):
 
 
 def test_the_defaults_are_the_papers():
-    expected = {"dataset": "cifar10", "data": "data", "method": "magnma", "arch": "resnet18", "seed": 0, "epochs": 150,
-                "batch_size": 512, "lr": 0.1, "weight_decay": 5e-4, "lambda1": 0.2, "lambda2": 0.3, "sigma_max": 0.2,
-                "beta": 1.0, "n": 5, "epsilon": 8 / 255, "pgd_steps": 7, "pgd_step_size": 2.5 * 8 / 255 / 7,
-                "trades_lambda": 3.0, "rse_sigma": 0.1, "rse_samples": 10, "jsd_lambda": 12.0, "joint": False,
-                "subset": None, "eval_every": 5, "device": "auto", "amp": "auto", "compile": False, "recompute": False,
-                "tag": "", "out": "runs/cifar10/resnet18/magnma/seed0", "resume": False}  # fmt: skip
-    args = vars(train.parse_args([]))
-    assert {key: args[key] for key in expected} == pytest.approx(expected)
-    args = train.parse_args(["--epsilon", "0.1", "--pgd-steps", "5", "--dataset", "x/mine.npz", "--method", "at"])
-    assert (args.pgd_step_size, args.out) == (0.05, "runs/mine/resnet18/at/seed0")
-
-
-@pytest.mark.parametrize(
-    ("flags", "tag"),
-    [("", ""), ("--lambda2 0", "noise"), ("--lambda1 0 --lambda2 5", "mix"), ("--n 1", "n_1"), ("--joint", "joint"),
-     ("--lambda1 0.1 --lambda2 0", "l1_0.1-l2_0-s_0.2-b_1"), ("--lambda2 0 --n 3 --joint", "noise-n_3-joint"),
-     ("--sigma-max 0.25 --beta 0.5", "l1_0.2-l2_0.3-s_0.25-b_0.5"), ("--tag mine", "mine"), ("--method gn", "")],
-)  # fmt: skip
-def test_tags(flags, tag):
+    expected = {
+        "dataset": "cifar10", "data": "data", "method": "magnma", "arch": "resnet18", "seed": 0,
+        "epochs": 150, "batch_size": 512, "lr": 0.1, "weight_decay": 5e-4, "lambda1": 0.2,
+        "lambda2": 0.3, "sigma_max": 0.2, "beta": 1.0, "n": 5, "operations": "A",
+        "epsilon": 8 / 255, "pgd_steps": 7, "pgd_step_size": 2.5 * 8 / 255 / 7,
+        "trades_lambda": 3.0, "rse_sigma": 0.1, "rse_samples": 10, "jsd_lambda": 12.0,
+        "joint": False, "subset": None, "eval_every": 5, "device": "auto", "amp": "auto",
+        "compile": False, "recompute": False, "tag": "",
+        "out": "runs/cifar10/resnet18/magnma/seed0", "resume": False,
+    }  # fmt: skip
+    assert vars(train.parse_args([])) == pytest.approx(expected)
+    flags = "--epsilon 0.1 --pgd-steps 5 --dataset x/mine.npz --method at --tag small --seed 3"
     args = train.parse_args(flags.split())
-    assert args.tag == tag
-    assert args.out == f"runs/cifar10/resnet18/{args.method}{'-' * bool(tag)}{tag}/seed0"
+    assert (args.pgd_step_size, args.out) == (0.05, "runs/mine/resnet18/at-small/seed3")
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "densenet121", "densenet121_k32", "inceptionv3"])
+def test_large_networks_recompute_the_methods_that_forward_several_copies(arch, monkeypatch):
+    def mine_loss(f, x, y, *, joint=False):
+        """A method that the user has added."""
+
+    monkeypatch.setitem(losses.METHODS, "mine", losses.Method(mine_loss))
+    for method in losses.METHODS:
+        several = method in ("magnma", "augmix", "trades", "mine")
+        flags = ["--arch", arch, "--method", method]
+        assert train.parse_args(flags).recompute is (several and arch != "resnet18")
+        assert train.parse_args([*flags, "--recompute"]).recompute is True
+        assert train.parse_args([*flags, "--no-recompute"]).recompute is False
+        joint = train.parse_args([*flags, "--joint"])
+        assert (joint.joint, joint.recompute) == (several, False)
+
+
+WRONG = {
+    "--seed -1": "argument --seed: -1 is out of range, it must be at least 0",
+    "--lr 0": "argument --lr: 0 is out of range, it must be above 0",
+    "--lambda2 inf": "argument --lambda2: inf is out of range",
+    "--epsilon nan": "argument --epsilon: nan is out of range",
+    "--epochs 1.5": "argument --epochs: invalid int value: '1.5'",
+    "--method magma": "argument --method: invalid choice: 'magma' (choose from",
+    "--operations all": "argument --operations: all is neither A nor augmix",
+    "--learning-rate 1": "unrecognized arguments: --learning-rate 1",
+    "--recompute --joint": "--recompute saves no memory with --joint; use one of the two",
+} | dict.fromkeys(
+    (f"--{flag} 0" for flag in ("epochs", "batch-size", "beta", "n", "rse-samples", "eval-every")),
+    "0 is out of range, it must be at least",
+)
+
+
+@pytest.mark.parametrize(("flags", "message"), WRONG.items())
+def test_wrong_flags_are_a_usage_line_and_a_line(flags, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        train.main(flags.split())
+    usage, error = capsys.readouterr().err.splitlines()
+    assert usage == "usage: train.py [flags]; --help lists them"
+    assert error.startswith("train.py: error: ")
+    assert message in error
 
 
 def test_the_learning_rate_falls_every_third_of_the_epochs():
     rates = [train.learning_rate(0.1, t, 150) for t in range(150)]
     assert rates == pytest.approx([0.1] * 50 + [0.01] * 50 + [0.001] * 50)
-    assert [train.learning_rate(1, t, 20) for t in range(20)] == pytest.approx([1] * 7 + [0.1] * 7 + [0.01] * 6)
+    rates = [train.learning_rate(1, t, 20) for t in range(20)]
+    assert rates == pytest.approx([1] * 7 + [0.1] * 7 + [0.01] * 6)
+
+
+# The recipe
+
+
+@pytest.fixture
+def recipe_of(place):
+    """The recipe of flags on tiny.npz, by one process."""
+    dataset = load_dataset("data/tiny.npz", "")
+    return lambda flags, amp="off": train.recipe_of(
+        train.parse_args(flags.split()), dataset, amp, 1
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "own"),
+    [
+        ("standard", ""), ("gn", "sigma_max"), ("rse", "rse_sigma rse_samples"),
+        ("at", "epsilon pgd_steps pgd_step_size"), ("augmix", "jsd_lambda"),
+        ("trades", "trades_lambda epsilon pgd_steps pgd_step_size"),
+        ("magnma", "lambda1 lambda2 sigma_max beta n operations"),
+    ],
+)  # fmt: skip
+def test_a_recipe_holds_the_hyperparameters_of_its_method_alone(recipe_of, method, own):
+    recipe = recipe_of(f"--method {method} --lr 0.3 --subset 50")
+    shared = (
+        "dataset arch method epochs batch_size lr weight_decay eval_every subset joint amp"
+        " data_sha256 train_images classes processes"
+    )
+    assert recipe.keys() == {*shared.split(), *own.split()}
+    values = {"dataset": "tiny", "method": method, "lr": 0.3, "train_images": 50, "classes": 10}
+    assert recipe.items() >= values.items()
+    defaults = vars(train.parse_args(["--method", method]))
+    assert {key: recipe[key] for key in own.split()} == {key: defaults[key] for key in own.split()}
+    assert recipe_of(f"--method {method}")["train_images"] == 70
+    assert recipe_of(f"--method {method}", "fp16") != recipe_of(f"--method {method}")
+
+
+@pytest.mark.parametrize(
+    ("flags", "departures"),
+    [
+        ("--arch densenet121 --seed 3 --tag x --compile --no-recompute", {}),
+        ("--lambda1 0 --lambda2 5 --sigma-max 0.3 --beta 0.5", {}),  # a column of the tables
+        ("--operations augmix --n 1 --joint", {"operations": "augmix", "n": 1, "joint": True}),
+        ("--method gn --sigma-max 0.1 --n 1", {"sigma_max": 0.1}),
+        ("--method rse --rse-samples 3", {"rse_samples": 3}),
+        ("--method at --pgd-steps 5", {"pgd_steps": 5, "pgd_step_size": 2.5 * 8 / 255 / 5}),
+        ("--method standard --epochs 3 --batch-size 64 --lr 1 --weight-decay 0 --subset 9 --joint"
+         " --eval-every 2", {"epochs": 3, "batch_size": 64, "lr": 1, "weight_decay": 0,
+                             "subset": 9, "eval_every": 2}),
+    ],
+)  # fmt: skip
+def test_departures_are_what_is_unlike_the_paper(recipe_of, flags, departures):
+    assert train.departures_of(recipe_of(flags)) == departures
+    mixed = train.departures_of(recipe_of(flags, "bf16"))
+    assert mixed == departures | {"amp": "bf16"}
 
 
 # Algorithm 1
 
 
-def plain_algorithm_1(npz, epochs, world=1, batch=16, lr=0.05, wd=0.05):
-    """The run of FLAGS, method gn, by `world` processes, in one: SGD by its formula. Returns weights and log rows."""
-    dataset, log = load_dataset(npz, ""), []
+def plain_algorithm_1(path, epochs, world=1, batch=16, lr=0.05, wd=0.05):
+    """The run of FLAGS by `world` processes, in one: SGD by its formula. Weights and log rows."""
+    dataset, log = load_dataset(str(path), ""), []
+    X, Y = dataset.train_images, dataset.train_labels
     utils.seed(0)
     f = Tiny()
     momentum = {name: torch.zeros_like(p) for name, p in f.named_parameters()}
     for t in range(epochs):
         eta = lr / 10 ** (t // -(-epochs // 3))
         utils.seed(0, t)
-        images = augment.preprocess(dataset.train_images, True)
+        images = augment.preprocess(X, False)
         order, total, hits, draws = torch.randperm(70), 0.0, 0, []
         for rank in range(world):
             utils.seed(0, t, rank)
@@ -143,97 +265,159 @@ def plain_algorithm_1(npz, epochs, world=1, batch=16, lr=0.05, wd=0.05):
             for rank in range(world):
                 torch.set_rng_state(draws[rank])
                 share = order[start : start + batch][rank::world]
-                g = (f if rank == 0 else copy.deepcopy(f)).train()  # the others' batch norm is not saved
+                g = (f if rank == 0 else copy.deepcopy(f)).train()  # the first's batch norm counts
                 logits = g(augment.gaussian_noise(images[share] / 255, 0.2))
-                loss = -logits.log_softmax(1)[range(len(share)), dataset.train_labels[share]].mean()
-                for name, gradient in zip(mean, torch.autograd.grad(loss, list(g.parameters())), strict=True):
+                loss = -logits.log_softmax(1)[range(len(share)), Y[share]].mean()
+                gradients = torch.autograd.grad(loss, list(g.parameters()))
+                for name, gradient in zip(mean, gradients, strict=True):
                     mean[name] += gradient / world
                 draws[rank] = torch.get_rng_state()
                 total += loss.item() * len(share)
-                hits += (logits.argmax(1) == dataset.train_labels[share]).sum().item()
+                hits += (logits.argmax(1) == Y[share]).sum().item()
             with torch.no_grad():
                 for name, p in f.named_parameters():
                     step = mean[name] + wd * p
                     momentum[name] = 0.9 * momentum[name] + step
                     p -= eta * (step + 0.9 * momentum[name])
-        _, prediction = predict(f, dataset.test_images)
-        accuracy = (prediction == dataset.test_labels).float().mean().item()
-        log.append((t + 1, eta, total / 64, 100 * hits / 64, 100 * accuracy))
+        with torch.no_grad():
+            right = f.eval()(dataset.test_images / 255).argmax(1) == dataset.test_labels
+        log.append((t + 1, eta, total / 64, 100 * hits / 64, 100 * right.float().mean().item()))
     return f.state_dict(), log
 
 
 def assert_close_to_plain(folder, plain):
     weights, log = plain
-    ours = torch.load(folder / "last.pt", weights_only=True)["model"]
-    assert ours.keys() == weights.keys()
+    trained = torch.load(folder / "last.pt", weights_only=True)["model"]
+    assert trained.keys() == weights.keys()
     for name, value in weights.items():
-        assert torch.allclose(ours[name], value, rtol=1e-4, atol=1e-5), name
+        assert torch.allclose(trained[name], value, rtol=1e-4, atol=1e-5), name
     numbers = np.array([[float(row[key]) for key in train.LOG[:5]] for row in rows(folder)])
     assert numbers == pytest.approx(np.array(log), rel=1e-5)
 
 
-def test_the_loop_is_a_plain_one(run, npz):
+def test_the_loop_is_a_plain_one(run):
     folder = run("--epochs", 4, "--eval-every", 1)  # the rate falls after two epochs
-    assert_close_to_plain(folder, plain_algorithm_1(npz, 4))
+    assert_close_to_plain(folder, plain_algorithm_1("data/tiny.npz", 4))
 
 
-def test_hflip_subset_and_recompute_reach_the_loop(run, npz, monkeypatch):
+def test_hflip_subset_and_recompute_reach_the_loop(run, monkeypatch):
     seen, preprocess, recompute = [], train.preprocess, train.recompute
-    monkeypatch.setattr(train, "preprocess", lambda X, hflip: seen.append((len(X), hflip)) or preprocess(X, hflip))
+
+    def spy(X, hflip):
+        seen.append((len(X), hflip))
+        return preprocess(X, hflip)
+
+    monkeypatch.setattr(train, "preprocess", spy)
     monkeypatch.setattr(train, "recompute", lambda f: seen.append("recompute") or recompute(f))
-    dataset = dataclasses.replace(load_dataset(npz, ""), hflip=False)
+    dataset = dataclasses.replace(load_dataset("data/tiny.npz", ""), hflip=True)
     monkeypatch.setattr(train, "load_dataset", lambda *_: dataset)
     run("--epochs", 1, "--subset", 32, "--recompute")
-    assert seen == ["recompute", (32, False)]
+    assert seen == ["recompute", (32, True)]
+
+
+# What a run writes
 
 
 def test_what_a_run_writes(run, monkeypatch):
     accuracies = iter((0.3, 0.5, 0.5, 0.4))
     monkeypatch.setattr(train, "accuracy", lambda *_: next(accuracies))
-    folder = run("--epochs", 12)
+    folder = run("--epochs", 12, "--tag", "x")
     assert {p.name for p in folder.iterdir()} == FILES
     assert (folder / "log.csv").read_text().splitlines()[0] == (
         "epoch,lr,train_loss,train_accuracy,test_accuracy,seconds,images_per_second,peak_memory_mib"
     )
     tested = {row["epoch"]: row["test_accuracy"] for row in rows(folder) if row["test_accuracy"]}
     assert (len(rows(folder)), tested) == (12, {"1": "30", "5": "50", "10": "50", "12": "40"})
-    assert all(float(row["images_per_second"]) > 0 and float(row["peak_memory_mib"]) > 0 for row in rows(folder))
+    assert all(float(row["images_per_second"]) > 0 for row in rows(folder))
+    assert {row["peak_memory_mib"] for row in rows(folder)} == {""}  # known on GPUs alone
     best, last = (torch.load(folder / f"{name}.pt", weights_only=True) for name in ("best", "last"))
     assert (best["epoch"], last["epoch"]) == (5, 12)  # the first of the best
-    assert best["model"].keys() == last["model"].keys() == Tiny().state_dict().keys()  # a bare state dict
-    assert best["config"] == last["config"] == json.loads((folder / "config.json").read_text())
-    flags = [*FLAGS.split(), "--epochs", "12", "--dataset", last["config"]["dataset"], "--out", str(folder)]
-    further = {"amp": "off", "processes": 1, "data_source": "mine.npz", "train_images": 70}
-    assert last["config"] == vars(train.parse_args(flags)) | further
-    assert {"device", "versions", "commit"} < best.keys()
+    for saved in (best, last):
+        assert saved["model"].keys() == Tiny().state_dict().keys()  # a bare state dict
+    config = json.loads((folder / "config.json").read_text())
+    assert list(config) == ["recipe", "departures", "seed", "tag", "ran"]
+    assert [{key: saved[key] for key in config} for saved in (best, last)] == [config, config]
+    assert (config["seed"], config["tag"], config["departures"]["lr"]) == (0, "x", 0.05)
+    ran = {"dataset": "data/tiny.npz", "data": "data", "out": "run", "compile": False}
+    ran |= {"recompute": False, "data_source": "digits, enlarged"}
+    assert config["ran"].items() >= ran.items()
+    assert config["ran"].keys() - ran.keys() == {"device", "versions", "commit"}
 
 
-def test_best_is_selected_without_rses_ensemble(run, npz):
+def test_checkpoints_are_written_when_tested_and_after_a_minute_the_best_one_first(
+    run, monkeypatch
+):
+    clock, written, preprocess, save = [0.0], [], train.preprocess, utils.save_checkpoint
+
+    def slow(X, hflip):  # an epoch takes 25 s
+        clock[0] += 25
+        return preprocess(X, hflip)
+
+    def spy(path, content):
+        written.append((path.name, content["epoch"]))
+        save(path, content)
+
+    monkeypatch.setattr(utils, "save_checkpoint", spy)
+    monkeypatch.setattr(train, "accuracy", lambda run: len(run.log) / 100)
+    run("--epochs", 12, "--eval-every", 8)
+    epochs = (1, 8, 12)
+    assert written == [(name, epoch) for epoch in epochs for name in ("best.pt", "last.pt")]
+    written.clear()
+    monkeypatch.setattr(train, "preprocess", slow)
+    monkeypatch.setattr(train, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
+    folder = run("--epochs", 12, "--eval-every", 8, out="slow")
+    assert [epoch for name, epoch in written if name == "last.pt"] == [1, 4, 7, 8, 11, 12]
+    assert [epoch for name, epoch in written if name == "best.pt"] == [1, 8, 12]
+    assert float(rows(folder)[0]["seconds"]) == 25
+
+
+def test_memory_is_logged_on_gpus(monkeypatch, place):
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**20)
+    args = train.parse_args(["--epochs", "3"])
+    cuda = torch.device("cuda")
+    run = train.Run(args, None, cuda, None, 1, 1, Tiny(), None, None, {}, [{}])
+    train.finish_epoch(run, 0.1, torch.ones(2), 64, 0.0)
+    assert run.log[-1]["peak_memory_mib"] == 3
+
+
+def test_best_is_selected_without_rses_ensemble(run):
     folder = run("--method", "rse", "--rse-sigma", 5, "--epochs", 1)
-    dataset, f = load_dataset(npz, ""), Tiny().eval()
+    dataset, f = load_dataset("data/tiny.npz", ""), Tiny().eval()
     f.load_state_dict(torch.load(folder / "best.pt", weights_only=True)["model"])
     with torch.no_grad():
         hits = f(dataset.test_images / 255).argmax(1) == dataset.test_labels
-    assert float(rows(folder)[0]["test_accuracy"]) == pytest.approx(100 * hits.float().mean().item())
+    assert float(rows(folder)[0]["test_accuracy"]) == pytest.approx(100 * hits.float().mean())
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_without_a_terminal_there_is_a_line_for_every_epoch(run, capsys, monkeypatch, terminal):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    run("--epochs", 4, "--eval-every", 3)
+    lines, bars = capsys.readouterr()
+    epochs = [line.split()[1] for line in lines.splitlines() if line.startswith("epoch ")]
+    assert epochs == ["1/4", "3/4", "4/4"] if terminal else ["1/4", "2/4", "3/4", "4/4"]
+    assert ("epoch 2/4" in bars) is terminal  # the progress bar
+    assert lines.splitlines()[0].startswith("run: gn, resnet20, tiny (digits, enlarged), ")
+    assert lines.splitlines()[-1] == "evaluate it: python evaluate.py run"
 
 
 # Killed, stopped, out of disk
 
 
 def child(argv, rank, world, port):
-    """`python train.py argv` in a process of its own, as torchrun would start it, which has imported torch already."""
+    """`python train.py argv` as torchrun would start it, in a process that has loaded torch."""
     torch.set_num_threads(1)
     sys.argv = ["train.py"]
     train.build_model = lambda *_: Tiny()
     if world > 1:
-        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in variables.items()}}
+        about = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1"} | {k: str(v) for k, v in about.items()}
     sys.exit(utils.run_main(lambda: train.main(argv)))
 
 
 @pytest.fixture(scope="module")
-def start(npz):
-    """start(out, *flags, world=1): the processes of a run. They are forked from a server that torch is loaded in."""
+def start(home):
+    """start(out, *flags, world=1): the processes of a run, forked from a server with torch."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train", "pytest"])
 
@@ -241,8 +425,10 @@ def start(npz):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        argv = [*FLAGS.split(), "--dataset", npz, "--out", str(out), *map(str, flags)]
-        processes = [context.Process(target=child, args=(argv, rank, world, port)) for rank in range(world)]
+        argv = [*FLAGS, "--dataset", str(home / "data/tiny.npz"), "--out", str(out), *flags]
+        processes = [
+            context.Process(target=child, args=(argv, rank, world, port)) for rank in range(world)
+        ]
         for process in processes:
             process.start()
         return processes
@@ -258,92 +444,241 @@ def wait(processes):
     return [process.exitcode for process in processes]
 
 
-def kill_after_an_epoch(processes, folder, rng):
-    """SIGKILL at a random moment behind the next epoch's end; False where the run came to its own end before."""
+def kill_after_a_checkpoint(processes, folder, rng):
+    """SIGKILL at a random moment after the next checkpoint; False if the run ended before."""
     before = len(rows(folder))
     while processes[0].is_alive() and len(rows(folder)) == before:
         time.sleep(0.001)
-    time.sleep(rng.uniform(0, 1.5) * float(rows(folder)[-1]["seconds"]))
+    time.sleep(rng.uniform(0, 3) * float(rows(folder)[-1]["seconds"]))
     for process in processes:
         process.kill()
     return wait(processes) == [-signal.SIGKILL] * len(processes)
 
 
-@pytest.mark.parametrize(("world", "kills", "flags"), [(1, 3, "--method magnma --n 1 --epochs 12"),
-                                                       (2, 1, "--method at --pgd-steps 2 --epochs 8")])  # fmt: skip
-def test_a_run_killed_at_random_moments_and_resumed_is_the_undisturbed_one(start, tmp_path, world, kills, flags):
+@pytest.mark.parametrize(
+    ("world", "kills", "flags"),
+    [(1, 3, "--method magnma --n 1 --epochs 12"), (2, 1, "--method at --pgd-steps 2 --epochs 8")],
+)
+def test_a_run_killed_at_random_moments_and_resumed_is_the_undisturbed_one(
+    start, tmp_path, world, kills, flags
+):
     flags, rng, done = (*flags.split(), "--eval-every", "2", "--resume"), random.Random(0), 0
-    whole, folder = start(tmp_path / "whole", *flags, world=world), tmp_path / "run"
+    undisturbed, folder = start(tmp_path / "undisturbed", *flags, world=world), tmp_path / "run"
     for _ in range(5 * kills):
-        if kill_after_an_epoch(start(folder, *flags, world=world), folder, rng):
+        if kill_after_a_checkpoint(start(folder, *flags, world=world), folder, rng):
             done += 1
-        else:  # on a machine so busy that the run came to its end
+        else:  # the machine is so busy that the run came to its end
             shutil.rmtree(folder)
+            done = 0
         if done == kills:
             break
     assert done == kills
     assert wait(start(folder, *flags, world=world)) == [0] * world
-    assert wait(whole) == [0] * world
-    assert_same_run(folder, tmp_path / "whole")
+    assert wait(undisturbed) == [0] * world
+    assert_same_run(folder, tmp_path / "undisturbed")
 
 
-def test_two_processes_are_the_plain_loop_over_their_shares(start, npz, tmp_path):
-    """The gradient is the mean of theirs, the log the whole batch's loss, the noise each one's own."""
-    uneven = start(tmp_path / "uneven", "--epochs", 1, "--batch-size", 15, world=2)
-    assert wait(start(tmp_path / "two", "--epochs", 4, "--eval-every", 1, world=2)) == [0, 0]
-    again = start(tmp_path / "two", "--epochs", 4, world=2)  # without --resume
-    assert_close_to_plain(tmp_path / "two", plain_algorithm_1(npz, 4, world=2))
+def test_two_processes_are_the_plain_loop_over_their_shares(start, home, tmp_path):
+    """The gradient is the mean of both, the log the batch's loss, the noise each one's own."""
+    uneven = start(tmp_path / "uneven", "--epochs", "1", "--batch-size", "15", world=2)
+    folder = tmp_path / "two"
+    assert wait(start(folder, "--epochs", "4", "--eval-every", "1", world=2)) == [0, 0]
+    again = start(folder, "--epochs", "4", "--eval-every", "1", world=2)  # without --resume
+    assert_close_to_plain(folder, plain_algorithm_1(home / "data/tiny.npz", 4, world=2))
+    assert utils.read_json(folder / "config.json")["recipe"]["processes"] == 2
     assert wait(uneven) == wait(again) == [2, 2]
 
 
-@pytest.mark.parametrize(("file", "amp"), [("best.pt", "off"), ("last.pt", "fp16"), ("log.csv", "off")])
-def test_a_disk_that_fills_between_the_files_of_an_epoch_changes_nothing(run, monkeypatch, file, amp):
-    flags = ("--epochs", 3, "--eval-every", 1, "--amp", amp)
-    monkeypatch.setattr(train, "accuracy", lambda f, *_: float(f.bn.num_batches_tracked == 8))  # epoch 2 is the best
-    whole, atomic_write = run(*flags, out="whole"), utils.atomic_write
+@pytest.mark.parametrize("file", ["best.pt", "last.pt", "log.csv"])
+def test_a_disk_that_fills_between_the_files_of_an_epoch_changes_nothing(
+    run, refused, monkeypatch, file
+):
+    flags = ("--epochs", 3, "--eval-every", 1)
+    second = lambda run: float(run.f.bn.num_batches_tracked == 8)  # noqa: E731 - the best epoch
+    monkeypatch.setattr(train, "accuracy", second)
+    undisturbed, atomic_write = run(*flags, out="undisturbed"), utils.atomic_write
 
     def full(path):
         if path.name == file and len(rows(path.parent)) == 1:  # in epoch 2
-            raise OSError(f"cannot write {path}: No space left on device")
+            raise utils.UserError(f"cannot write {path}: No space left on device")
         return atomic_write(path)
 
     with monkeypatch.context() as patch:
         patch.setattr(utils, "atomic_write", full)
-        with pytest.raises(OSError, match=f"cannot write .*{file}"):
-            run(*flags)
-    assert_same_run(run(*flags, "--resume"), whole)
+        assert refused(*flags) == f"train.py: cannot write run/{file}: No space left on device\n"
+    assert_same_run(run(*flags, "--resume"), undisturbed)
 
 
-def test_what_resume_does_and_refuses(run, monkeypatch):
-    folder = run("--epochs", 1, "--resume")  # nothing there: from the start
-    before = (folder / "last.pt").read_bytes()
-    for flags, message in (
-        ("--lr 0.1 --seed 3", r"--seed 0 \(now 3\), --lr 0\.05 \(now 0\.1\)"), ("--epochs 2", "--epochs 1"),
-        ("--joint", "--joint False"), ("--subset 32", "--subset None"), ("--amp bf16", r"--amp off \(now bf16\)"),
-    ):  # fmt: skip
-        with pytest.raises(ValueError, match=f"the run in .* with {message}.*go on as it began, or name another --out"):
-            run("--epochs", 1, "--resume", *flags.split())
-    monkeypatch.setattr(losses.METHODS["at"], "hparams", losses.METHODS["at"].hparams | {"my_flag"})
-    parse_args = train.parse_args  # with a flag of a method that was added since
-    monkeypatch.setattr(train, "parse_args", lambda argv: argparse.Namespace(**vars(parse_args(argv)), my_flag=3))
-    (folder / "log.csv").unlink()
-    (folder / ".last.pt.123.tmp").touch()  # of a process that was killed while saving
-    may_differ = "--amp off --data elsewhere --recompute --compile --tag x --device auto"
-    run("--epochs", 1, "--resume", *may_differ.split())  # finished: nothing to do but to write the log
+def test_ctrl_c_names_the_checkpoint_and_resume_says_what_it_does(run, capsys):
+    flags = ("--epochs", 6, "--eval-every", 2, "--resume")
+
+    def interrupt(step):
+        with at_step(step, lambda _: fail(KeyboardInterrupt())):
+            assert utils.run_main(lambda: run(*flags)) == 130
+        return capsys.readouterr()
+
+    lines, error = interrupt(2)
+    assert "run: starts\n" in lines
+    assert "run: --resume continues after epoch 0\n" in lines
+    assert error == "train.py: interrupted\n"
+    assert "run: starts\n" in (lines := interrupt(14).out)  # in epoch 4
+    assert "run: --resume continues after epoch 2\n" in lines
+    utils.write_json("run/config.json", {"recipe": "lost"})  # last.pt has it
+    run(*flags)
+    assert "run: continues at epoch 3 of 6\n" in capsys.readouterr().out
+    saved = utils.load_checkpoint("run/last.pt")
+    assert utils.read_json("run/config.json").items() <= saved.items()
+    assert_same_run(Path("run"), run(*flags, out="undisturbed"))
+    before = Path("run/last.pt").read_bytes()
+    Path("run/log.csv").unlink()
+    Path("run/.last.pt.123.tmp").touch()  # of a process that was killed while saving
+    capsys.readouterr()
+    run(*flags, "--data", "elsewhere", "--recompute", "--amp", "off", "--tag", "x")
+    assert "run: is finished\nevaluate it: python evaluate.py run\n" in capsys.readouterr().out
+    assert Path("run/last.pt").read_bytes() == before
+    assert len(rows(Path("run"))) == 6  # log.csv is written again
+    assert {p.name for p in Path("run").iterdir()} == FILES
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_epochs_before(run, refused):
+    flags = ("--epochs", 3, "--eval-every", 1)
+    with at_step(6, lambda loss: loss * float("nan")):
+        line = refused(*flags)
+    assert "the training loss of epoch 2 is nan. Start another run (--tag) with a" in line
+    assert "smaller --lr" in line
+    assert_same_run(run(*flags, "--resume"), run(*flags, out="undisturbed"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "advice"),
+    [
+        ("--amp off", "--amp auto or --recompute or a smaller --batch-size needs less"),
+        ("--amp bf16", "full. --recompute or a smaller --batch-size needs less"),
+        ("--amp bf16 --recompute", "full. a smaller --batch-size needs less"),
+        ("--amp bf16 --joint", "full. a smaller --batch-size needs less"),
+        ("--amp bf16 --method gn", "full. a smaller --batch-size needs less"),  # forwards one copy
+    ],
+)
+def test_a_full_gpu_names_only_what_would_help(run, refused, flags, advice):
+    method = "gn" if "gn" in flags else "magnma"
+    with at_step(1, lambda _: fail(torch.OutOfMemoryError("CUDA\nout of memory")), method):
+        line = refused("--method", "magnma", "--n", 1, *flags.split())
+    assert advice in line
+
+
+# What is refused
+
+
+def test_another_recipe_in_the_same_place_is_refused_by_name(run, refused):
+    flags = ("--epochs", 1)
+    folder = run(*flags)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    assert "run already holds this run. Use --resume to continue it" in refused(*flags)
+    for other, message in {
+        "--lr 0.1 --seed 3": "--lr 0.05, not 0.1; --seed 0, not 3",
+        "--amp bf16": "--amp off, not bf16",  # as --amp auto may be on another device
+        "--epochs 2": "--epochs 1, not 2",
+        "--sigma-max 0.1": "--sigma-max 0.2, not 0.1",
+        "--subset 32": "--subset None, not 32; train images 70, not 32",
+    }.items():
+        for resume in ((), ("--resume",)):
+            line = refused(*flags, *other.split(), *resume)
+            assert f"the run in run was started with {message}. Use the same flags" in line
+            assert "or --tag or --out to start another" in line
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    (folder / "last.pt").unlink()  # stopped in its first epoch: config.json tells
+    assert "--lr 0.05, not 0.1" in refused(*flags, "--lr", 0.1, "--resume")
+
+
+def test_a_data_file_may_move_but_not_change(run, refused, capsys):
+    folder = run("--epochs", 1)
+    with np.load("data/tiny.npz") as file:
+        arrays = dict(file)
+    for name, array in arrays.items():
+        Path(name).mkdir()
+        changed = array[::-1].copy() if array.ndim else array  # of the same size
+        np.savez(f"{name}/tiny.npz", **arrays | {name: changed})
+    shutil.copy("data/tiny.npz", "tiny.npz")
+    shutil.copy("data/tiny.npz", "renamed.npz")
+    flags = ("--epochs", 1, "--resume", "--dataset")
+    assert run(*flags, "./tiny.npz") == folder
+    assert "run: is finished" in capsys.readouterr().out
+    assert "--dataset tiny, not renamed" in refused(*flags, "renamed.npz")
+    for name in ("train_images", "train_labels", "test_images", "test_labels"):
+        line = refused(*flags, f"{name}/tiny.npz")
+        assert "was started with other images or labels under this name. Use" in line
+
+
+def test_files_of_another_kind(run, refused):
+    flags = ("--epochs", 1, "--resume")
+    folder = run("--epochs", 1)
+    last = utils.load_checkpoint(folder / "last.pt")
+    for content, message in (
+        ({"state_dict": last["model"], "epoch": 3}, "run/last.pt was not written by this train.py"),
+        (last | {"recipe": "x"}, "run/last.pt was not written by this train.py. Use --tag or"),
+        (last | {"model": {}}, "run/last.pt is damaged (Error(s) in loading state_dict for Tiny"),
+        ({k: v for k, v in last.items() if k != "log"}, "run/last.pt is damaged ('log'). Use"),
+    ):
+        utils.save_checkpoint(folder / "last.pt", content)
+        assert message in refused(*flags)
+    (folder / "last.pt").write_bytes(b"no checkpoint")
+    assert "run/last.pt is damaged or not a checkpoint of train.py" in refused(*flags)
+    (folder / "last.pt").unlink()
+    for text, message in (
+        ("{", "config.json is not valid JSON"),
+        ('{"epochs": 1}', "run/config.json was not written by this train.py. Use --tag or --out"),
+    ):
+        (folder / "config.json").write_text(text)
+        assert message in refused(*flags)
+
+
+def test_a_second_start_in_one_folder_is_refused_while_the_first_one_runs(run, refused):
+    def second(loss):
+        line = refused("--epochs", 1, "--resume")
+        assert "run is in use by another train.py. Wait for it, or stop it" in line
+        return loss
+
+    with at_step(3, second):
+        folder = run("--epochs", 1)
+    run("--epochs", 1, "--resume")  # now it is free
     assert len(rows(folder)) == 1
-    assert {p.name for p in folder.iterdir()} == FILES
-    assert (folder / "last.pt").read_bytes() == before
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_epochs_before(run, monkeypatch):
-    method = losses.METHODS["gn"]
+def test_training_works_where_files_have_no_locks(run, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", lambda *_: fail(OSError(37, "No locks available")))
+    assert len(rows(run("--epochs", 1))) == 1
 
-    def diverging(f, *rest):
-        loss, logits = method(f, *rest)
-        return loss * (float("nan") if f.bn.num_batches_tracked == 6 else 1), logits
 
-    monkeypatch.setitem(losses.METHODS, "gn", diverging)
-    with pytest.raises(ValueError, match=r"the training loss of epoch 2 is nan; .*run keeps .* smaller --lr"):
-        run("--epochs", 3)
-    monkeypatch.setitem(losses.METHODS, "gn", method)
-    assert_same_run(run("--epochs", 3, "--resume"), run("--epochs", 3, out="whole"))
+def test_a_folder_that_cannot_be_written_is_one_line(refused):
+    Path("file").touch()
+    assert "cannot write to file/run: Not a directory" in refused(out="file/run")
+    assert "cannot write to /proc/self: " in refused(out="/proc/self")  # for root too
+
+
+def test_sizes_and_precision_that_do_not_fit(refused, monkeypatch):
+    assert "--batch-size 71: more than the 70 images" in refused("--batch-size", 71)
+    assert "--batch-size 16: more than the 9 images" in refused("--subset", 9)
+    assert "--subset 71: tiny has 70 training images" in refused("--subset", 71)
+    assert "--amp fp16 is for GPUs" in refused("--amp", "fp16")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    assert "RANK is set but MASTER_ADDR is not. Start with torchrun, or unset RANK" in refused()
+    assert not Path("run").exists()
+
+
+def test_nccl_gets_the_device(monkeypatch):
+    calls = []
+    spy = lambda backend, **options: calls.append((backend, options["device_id"]))  # noqa: E731
+    monkeypatch.setattr(torch.distributed, "init_process_group", spy)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    gpu, cpu, args = torch.device("cuda", 1), torch.device("cpu"), train.parse_args([])
+    monkeypatch.delenv("RANK", raising=False)
+    assert train.start_processes(args, gpu) == (0, 1)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    assert [train.start_processes(args, device) for device in (gpu, cpu)] == [(1, 2), (1, 2)]
+    assert calls == [("nccl", gpu), ("gloo", None)]
+    args = train.parse_args(["--device", "cuda:1"])
+    with pytest.raises(utils.UserError, match="With torchrun use --device cuda"):
+        train.start_processes(args, gpu)
