@@ -265,11 +265,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     folder, device = Path(args.run), utils.pick_device(args.device)
     saved = load_run(folder)
-    for which in [which for which in saved if not saved[which]]:
-        print(f"{folder}: {which}.pt is lost; evaluating the other", file=sys.stderr)
     wanted = [w for w in saved if saved[w] and args.only in (None, w)]
     if not wanted:
         raise UserError(f"--only {args.only}: {folder / args.only}.pt is lost. Leave --only out")
+    for which in [which for which in saved if not saved[which]]:
+        print(f"{folder}: {which}.pt is lost; evaluating the other", file=sys.stderr)
     run = saved[wanted[0]]
     recipe = run["recipe"]
 
