@@ -124,7 +124,7 @@ def pgd_attack(
             # only its sign counts; the factor keeps small half-precision gradients from underflow
             (gradient,) = torch.autograd.grad(1024.0 * objective(logits).sum(), delta)
             delta = (delta.detach() + step_size * gradient.sign()).clamp(-epsilon, epsilon)
-    return x + delta.detach()
+    return x + delta
 
 
 @contextmanager

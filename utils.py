@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import IO, NoReturn
 
@@ -29,9 +29,7 @@ except RuntimeError as error:
         raise
     for name in [n for n in sys.modules if n.split(".")[0] == "torchvision"]:
         del sys.modules[name]
-    operators = torch.library.Library(
-        "torchvision", "DEF"
-    )  # kept: they vanish when it is collected
+    operators = torch.library.Library("torchvision", "DEF")  # must live as long as its operators
     operators.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     operators.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     import torchvision  # noqa: F401 - the other modules import it from here
@@ -138,6 +136,8 @@ def make_folder(folder: str | Path) -> None:
         probe.parent.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()
+    except FileExistsError:
+        raise UserError(f"cannot write to {folder}: it is a file") from None
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}") from None
 
@@ -163,7 +163,7 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        if temporary.exists():
+        with suppress(OSError):  # it was renamed or never created
             temporary.unlink()
 
 
@@ -203,16 +203,12 @@ def load_checkpoint(path: str | Path) -> dict:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except (
-        Exception
-    ) as error:  # damaged bytes can make torch, zipfile and pickle raise nearly anything
-        raise UserError(
-            f"{path} is damaged or not a checkpoint of train.py ({str(error)[:80]})"
-        ) from None
+    except Exception as error:  # damaged bytes make torch, zipfile and pickle raise nearly anything
+        message = f"{path} is damaged or not a checkpoint of train.py ({str(error)[:80]})"
+        raise UserError(message) from None
     if not isinstance(content, dict):
-        raise UserError(
-            f"{path} is not a checkpoint of train.py: it holds a {type(content).__name__}"
-        )
+        kind = type(content).__name__
+        raise UserError(f"{path} is not a checkpoint of train.py: it holds a {kind}")
     return content
 
 
@@ -234,9 +230,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=Help, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(
-            2, f"usage: {self.prog} [flags]; --help lists them\n{self.prog}: error: {message}\n"
-        )
+        usage = f"usage: {self.prog} [flags]; --help lists them"
+        self.exit(2, f"{usage}\n{self.prog}: error: {message}\n")
 
 
 def number(kind: type, low: float = -math.inf, above: float = -math.inf) -> Callable[[str], float]:
@@ -268,18 +263,16 @@ def run_main(main: Callable[[], int | None]) -> int:
         sys.stdout.flush()
         return code
     except BrokenPipeError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # nothing is left to flush at exit
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):  # Python flushes both when it exits
+            os.dup2(nowhere, stream.fileno())
         return 0
     except KeyboardInterrupt:
         print(f"{script}: interrupted", file=sys.stderr)
         return 130  # as shells have it: 128 + SIGINT
     except torch.OutOfMemoryError:
-        print(
-            f"{script}: the GPU's memory is full. nvidia-smi shows what else uses it",
-            file=sys.stderr,
-        )
+        full = "the GPU's memory is full. nvidia-smi shows what else uses it"
+        print(f"{script}: {full}", file=sys.stderr)
     except UserError as error:
         print(f"{script}: {' '.join(str(error).split())}", file=sys.stderr)
     return 2

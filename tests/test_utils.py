@@ -1,15 +1,109 @@
-"""What every script needs: seeds, whole files, torchvision, devices and precision, one-line errors, provenance."""
+"""utils.py: torchvision, device, precision, seeds, files, the command line, provenance."""
 
+import argparse
 import hashlib
+import importlib.util
 import os
 import resource
+import shutil
+import subprocess
 import sys
-import types
+from pathlib import Path
 
 import pytest
 import torch
 
 import utils
+
+# torchvision, device, precision, seeds
+
+TORCHVISIONS = {
+    "fits": "",
+    "broken": "raise RuntimeError('something else')",
+    "unfit": "import declared\n"
+    "if not declared.operators: raise RuntimeError('operator torchvision::nms does not exist')",
+}
+IMPORT_EACH = """
+import sys, types, torch
+declared = sys.modules["declared"] = types.SimpleNamespace(operators=[])
+torch.library.Library = lambda *_: types.SimpleNamespace(define=declared.operators.append)
+for folder in ("fits", "broken", "unfit"):
+    sys.path.insert(1, folder)
+    try:
+        import utils
+        print(utils.torchvision.__file__, [o.split("(")[0] for o in declared.operators])
+    except RuntimeError as error:
+        print(error, declared.operators)
+    for name in ("utils", "torchvision"):
+        sys.modules.pop(name, None)
+"""
+
+
+def test_torchvisions_operators_are_declared_only_if_its_import_asks_for_them(root, tmp_path):
+    """A second declaration beside a torchvision that fits would abort the process."""
+    for name, code in TORCHVISIONS.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "torchvision.py").write_text(code)
+    shutil.copy(root / "utils.py", tmp_path)
+    python = [sys.executable, "-c", IMPORT_EACH]
+    lines = subprocess.check_output(python, cwd=tmp_path, text=True).splitlines()
+    assert lines == [
+        f"{tmp_path}/fits/torchvision.py []",
+        "something else []",
+        f"{tmp_path}/unfit/torchvision.py ['nms', 'qnms']",
+    ]
+
+
+def test_the_allocator_grows_its_blocks_unless_the_user_has_set_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    ours, own = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}, "max_split_size_mb:64"
+    for name, before, after in (
+        ("auto", {}, ours),
+        ("cpu", {}, {}),
+        *(("auto", {v: own}, {v: own}) for v in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")),
+    ):
+        monkeypatch.setattr(os, "environ", before)
+        assert utils.pick_device(name) == torch.device("cpu")
+        assert os.environ == after
+
+
+def test_a_device_that_does_not_exist_or_work_is_named(monkeypatch):
+    def refuse(device):
+        raise RuntimeError(f"CUDA error {device.index}: no kernel image\nis available")
+
+    monkeypatch.setattr(os, "environ", {"LOCAL_RANK": "1"})  # of torchrun's second process
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", refuse)
+    for name, message in (
+        ("tpu", "--device tpu: unknown device. Use auto, cpu, cuda or cuda:<index>"),
+        ("cuda:x", "--device cuda:x: unknown device"),
+        ("cuda:3", "--device cuda:3: torch sees 3 GPUs here. Try --device cpu"),
+        ("cuda", r"--device cuda: torch .* does not run on this GPU \(CUDA error 1: no kernel"),
+        ("cuda:2", r"--device cuda:2: .*\(CUDA error 2: no kernel image\s.* `bash setup.sh cu126`"),
+    ):
+        with pytest.raises(utils.UserError, match=f"(?s)^{message}"):
+            utils.pick_device(name)
+
+
+def test_precision(monkeypatch):
+    cpu, card = torch.device("cpu"), torch.device("cuda", 0)
+    for amp, name in (("auto", "off"), ("bf16", "bf16"), ("off", "off")):
+        assert utils.amp_name(utils.amp_dtype(amp, cpu)) == name
+    with pytest.raises(utils.UserError, match=r"--amp fp16 is for GPUs\. On a CPU use --amp off"):
+        utils.amp_dtype("fp16", cpu)
+    assert utils.amp_name(utils.amp_dtype("fp16", card)) == "fp16"
+    for capability, name in (
+        ((7, 0), "fp16"),
+        ((7, 5), "fp16"),
+        ((8, 0), "bf16"),
+        ((9, 0), "bf16"),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
+        assert utils.amp_name(utils.amp_dtype("auto", card)) == name
+    layer, x = torch.nn.Linear(2, 2), torch.ones(1, 2)
+    for dtype, expected in ((torch.bfloat16, torch.bfloat16), (None, torch.float32)):
+        with utils.autocast(cpu, dtype):
+            assert layer(x).dtype is expected
 
 
 def test_seed_depends_on_its_key_alone():
@@ -20,11 +114,15 @@ def test_seed_depends_on_its_key_alone():
     assert draw(0, 3) == draw(0, 3)
     keys = [(0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 0, 1), (0, "fog", 1), (0, "fog", 2)]
     assert len({tuple(draw(*key)) for key in keys}) == len(keys)
-    utils.seed(0, 3)  # the same in any process: Python's hash() is not
-    assert torch.initial_seed() == int.from_bytes(hashlib.sha256(b"(0, 3)").digest()[:8], "little")
+    utils.seed(0, 3)  # the same in every process, unlike Python's hash()
+    expected = int.from_bytes(hashlib.sha256(b"(0, 3)").digest()[:8], "little")
+    assert torch.initial_seed() == expected
 
 
-def test_atomic_write_takes_the_files_place_or_leaves_all_as_it_was(tmp_path):
+# Files
+
+
+def test_atomic_write_replaces_the_file_or_leaves_it_unchanged(tmp_path):
     path = tmp_path / "new" / "f"
     with utils.atomic_write(path) as file:
         file.write(b"before")
@@ -34,23 +132,38 @@ def test_atomic_write_takes_the_files_place_or_leaves_all_as_it_was(tmp_path):
     assert path.read_bytes() == b"before"
     assert os.listdir(path.parent) == ["f"]
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(OSError, match=r"pipe: it is no regular file"), utils.atomic_write(tmp_path / "pipe"):
-        pass
+    for bad, reason in (("pipe", "not a regular file"), ("new/f/below", "File exists")):
+        message = f"cannot write {tmp_path / bad}: {reason}"
+        with pytest.raises(utils.UserError, match=message), utils.atomic_write(tmp_path / bad):
+            pass
+    assert sorted(os.listdir(tmp_path)) == ["new", "pipe"]
     assert not (tmp_path / "pipe").is_file()
 
 
-def test_a_disk_that_fills_keeps_the_last_checkpoint(tmp_path):
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path):
     path = tmp_path / "last.pt"
     utils.save_checkpoint(path, {"epoch": 1})
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20000, limit[1]))  # half of the next one fits
     try:
-        with pytest.raises(OSError, match=r"cannot write .*last\.pt: File too large; what was there before is kept"):
+        with pytest.raises(utils.UserError, match=r"cannot write .*last\.pt: File too large"):
             utils.save_checkpoint(path, {"epoch": 2, "model": {"w": torch.zeros(10000)}})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert utils.load_checkpoint(path) == {"epoch": 1}
     assert os.listdir(tmp_path) == ["last.pt"]
+
+
+def test_a_folder_is_made_or_named_if_it_cannot_be_written(tmp_path):
+    for _ in range(2):
+        utils.make_folder(tmp_path / "a" / "b")
+    assert os.listdir(tmp_path / "a" / "b") == []
+    (tmp_path / "file").touch()
+    for bad, reason in (("file", "it is a file"), ("file/below", "Not a directory")):
+        with pytest.raises(utils.UserError, match=f"cannot write to {tmp_path / bad}: {reason}"):
+            utils.make_folder(tmp_path / bad)
+    with pytest.raises(utils.UserError, match="cannot write to /proc/self: "):  # for root, too
+        utils.make_folder("/proc/self")
 
 
 def test_json_is_of_finite_numbers(tmp_path):
@@ -60,42 +173,66 @@ def test_json_is_of_finite_numbers(tmp_path):
     assert utils.read_json(tmp_path / "a.json") == {"x": [1, 2.5, None]}
 
 
-def test_torchvisions_operators_are_declared_only_where_they_do_not_fit(monkeypatch, tmp_path):
-    """A second declaration would abort the process. (That its import works elsewhere, all other tests show.)"""
-    monkeypatch.setattr(torch.library, "Library", None)  # calling it would fail
-    fits = types.ModuleType("torchvision")
-    monkeypatch.setitem(sys.modules, "torchvision", fits)
-    assert utils.import_torchvision() is fits
-    monkeypatch.delitem(sys.modules, "torchvision")
-    (tmp_path / "torchvision.py").write_text("raise RuntimeError('something else')")
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(RuntimeError, match="something else"):
-        utils.import_torchvision()
+def test_files_that_cannot_be_read_are_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    utils.save_checkpoint("good.pt", {"w": torch.zeros(1000)})
+    torch.save({"args": argparse.Namespace(lr=0.1)}, "objects.pt")
+    torch.save([1], "list.pt")
+    for name, content in (
+        ("cut.pt", Path("good.pt").read_bytes()[:3000]),
+        ("text.pt", b"a note"),
+        ("empty.pt", b""),
+        ("cut.json", b'{"a": 1'),
+        ("latin.json", b'{"a": "\xe9"}'),
+        ("list.json", b"[1]"),
+    ):
+        Path(name).write_bytes(content)
+    for read, name, message in (
+        (utils.load_checkpoint, "none.pt", "cannot read none.pt: No such file or directory"),
+        (utils.load_checkpoint, "folder", "cannot read folder: Is a directory"),
+        *(
+            (utils.load_checkpoint, f"{name}.pt", f"{name}.pt is damaged or not a checkpoint")
+            for name in ("cut", "text", "empty", "objects")
+        ),
+        (utils.load_checkpoint, "list.pt", "list.pt is not a checkpoint .*: it holds a list"),
+        (utils.read_json, "none.json", "cannot read none.json: No such file or directory"),
+        (utils.read_json, "cut.json", "cut.json is not valid JSON"),
+        (utils.read_json, "latin.json", "latin.json is not valid JSON"),
+        (utils.read_json, "list.json", "list.json does not hold a JSON object"),
+    ):
+        with pytest.raises(utils.UserError, match=f"^{message}"):
+            read(name)
 
 
-def test_precision(monkeypatch):
-    cpu, card = torch.device("cpu"), torch.device("cuda", 0)
-    names = {amp: utils.amp_name(utils.amp_dtype(amp, cpu)) for amp in ("auto", "bf16", "fp16", "off")}
-    assert names == {"auto": "off", "bf16": "bf16", "fp16": "fp16", "off": "off"}
-    for capability, name in (((7, 0), "fp16"), ((7, 5), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16")):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
-        assert utils.amp_name(utils.amp_dtype("auto", card)) == name
-    layer, x = torch.nn.Linear(2, 2), torch.ones(1, 2)
-    for dtype, wanted in ((torch.bfloat16, torch.bfloat16), (None, torch.float32)):
-        with utils.autocast(cpu, dtype):
-            assert layer(x).dtype is wanted
+# The command line
 
 
-def test_a_gpu_that_this_torch_has_no_kernels_for(monkeypatch):
-    def refuse(device):
-        raise RuntimeError(f"CUDA error {device.index}: no kernel image\nis available")
-
-    monkeypatch.setenv("LOCAL_RANK", "1")  # of torchrun's second process
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    monkeypatch.setattr(torch.cuda, "set_device", refuse)
-    for name, index in (("cuda", 1), ("cuda:2", 2)):
-        with pytest.raises(ValueError, match=rf"--device {name}: .* does not run on this GPU \(CUDA error {index}: no"):
-            utils.pick_device(name)
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--epochs 0", "argument --epochs: 0 is out of range, it must be at least 1"),
+        ("--epochs 1.5", "argument --epochs: invalid int value: '1.5'"),
+        ("--lr 0", "argument --lr: 0 is out of range, it must be above 0"),
+        ("--lr nan", "argument --lr: nan is out of range, it must be above 0"),
+        ("--lambda1 inf", "argument --lambda1: inf is out of range, it must be at least 0"),
+        ("--lambda1 -0.1", "argument --lambda1: -0.1 is out of range, it must be at least 0"),
+        ("--epoch 3", "unrecognized arguments: --epoch 3"),  # no abbreviations
+    ],
+)
+def test_wrong_flags_end_in_a_usage_line_and_an_error_line(capsys, words, message):
+    parser = utils.Parser(prog="train.py")
+    parser.add_argument("--epochs", type=utils.number(int, low=1), default=3, help="passes")
+    parser.add_argument("--lr", type=utils.number(float, above=0))
+    parser.add_argument("--lambda1", type=utils.number(float, low=0))
+    good = parser.parse_args(["--epochs", "1", "--lr", "1e-9", "--lambda1", "0"])
+    assert good == argparse.Namespace(epochs=1, lr=1e-9, lambda1=0.0)
+    assert "passes (default: 3)" in parser.format_help()
+    with pytest.raises(SystemExit) as end:
+        parser.parse_args(words.split())
+    assert end.value.code == 2
+    usage = "usage: train.py [flags]; --help lists them"
+    assert capsys.readouterr().err == f"{usage}\ntrain.py: error: {message}\n"
 
 
 def test_run_main_ends_in_one_line_and_an_exit_code(capsys, monkeypatch):
@@ -107,13 +244,34 @@ def test_run_main_ends_in_one_line_and_an_exit_code(capsys, monkeypatch):
 
     monkeypatch.setattr(sys, "argv", ["some/train.py"])
     assert [utils.run_main(lambda code=code: code) for code in (None, 0, 1)] == [0, 0, 1]
-    assert end(ValueError("two\nlines")) == (2, "train.py: two lines\n")
-    assert end(FileNotFoundError("no such run")) == (2, "train.py: no such run\n")
+    assert end(utils.UserError("two\nlines")) == (2, "train.py: two lines\n")
     assert end(KeyboardInterrupt()) == (130, "train.py: interrupted\n")
     code, line = end(torch.OutOfMemoryError("CUDA\nout of memory"))
     assert (code, "GPU's memory is full" in line, line.count("\n")) == (2, True, 1)
-    with pytest.raises(ZeroDivisionError):  # an error of ours keeps its traceback
-        end(ZeroDivisionError())
+    for bug in (ValueError, FileNotFoundError, ZeroDivisionError):  # they keep their traceback
+        with pytest.raises(bug):
+            end(bug())
+
+
+SCRIPT = """
+import sys, utils
+def main():
+    for k in range(100000):
+        print("±", k, file=sys.std{stream})
+sys.exit(utils.run_main(main))
+"""
+
+
+@pytest.mark.parametrize(("stream", "pipe"), [("out", "|"), ("err", "2>&1 |")])
+def test_a_closed_pipe_and_an_ascii_terminal_end_no_script(root, tmp_path, stream, pipe):
+    (tmp_path / "script.py").write_text(SCRIPT.format(stream=stream))
+    command = f"{sys.executable} {tmp_path}/script.py {pipe} head -1; echo ${{PIPESTATUS[0]}}"
+    env = dict(os.environ, PYTHONPATH=str(root), PYTHONIOENCODING="ascii")
+    done = subprocess.run(["bash", "-c", command], env=env, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("? 0\n0\n", "")
+
+
+# Provenance
 
 
 def test_provenance_is_plain_strings_that_a_checkpoint_may_hold(tmp_path):
@@ -122,3 +280,28 @@ def test_provenance_is_plain_strings_that_a_checkpoint_may_hold(tmp_path):
     assert about["versions"].keys() == {"python", "torch", "numpy", "scipy", "cuda"}
     utils.save_checkpoint(tmp_path / "a.pt", about)
     assert utils.load_checkpoint(tmp_path / "a.pt") == about
+
+
+def test_commit_is_of_this_repository_only(root, tmp_path):
+    def git(*words):
+        user = ["-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
+        return subprocess.check_output(["git", *user, *words], cwd=tmp_path, text=True).strip()
+
+    def commit_of(folder):
+        folder.mkdir(exist_ok=True)
+        path = Path(shutil.copy(root / "utils.py", folder))
+        spec = importlib.util.spec_from_file_location("copied", path)
+        copied = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(copied)
+        return copied.commit()
+
+    assert commit_of(tmp_path) == "unknown"  # no repository
+    git("init", "-q")
+    git("add", "utils.py")
+    git("commit", "-qm", "all")
+    git("tag", "v1")  # the hash is wanted, not the tag
+    assert commit_of(tmp_path) == git("rev-parse", "HEAD")
+    assert commit_of(tmp_path / "inside") == "unknown"
+    (tmp_path / "utils.py").write_text("")
+    git("commit", "-aqm", "another utils.py")
+    assert commit_of(tmp_path) == git("rev-parse", "HEAD") + "+changes"
