@@ -1,9 +1,13 @@
-"""Calibration against plain loops and torchmetrics; the 18 x 5 loop on predictions known beforehand; the script."""
+"""Calibration against plain loops, the 18 x 5 loop on known predictions, the script's results."""
 
+import contextlib
 import copy
 import json
 import math
+import os
 import shutil
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,10 +15,14 @@ import torch
 from torch import nn
 
 import evaluate
-import train
 import utils
-from data import CORRUPTIONS, load_dataset
+from data import CORRUPTIONS, Dataset, load_dataset
 from evaluate import rms_calibration_error
+from models import build_model
+
+RUN = Path("runs/tiny/resnet20/magnma/seed0")
+N = 12  # images of `noise`
+
 
 # RMS calibration error
 
@@ -22,9 +30,11 @@ from evaluate import rms_calibration_error
 def plain_error(confidence, correct, n_bins=16):
     total = 0.0
     for k in range(n_bins):
-        inside = [i for i, c in enumerate(confidence) if k / n_bins < c <= (k + 1) / n_bins or (k == 0 and c == 0)]
+        low, high = k / n_bins, (k + 1) / n_bins
+        inside = [i for i, c in enumerate(confidence) if low < c <= high or c == k == 0]
         if inside:
-            gap = sum(correct[i] for i in inside) / len(inside) - sum(confidence[i] for i in inside) / len(inside)
+            accuracy = sum(correct[i] for i in inside) / len(inside)
+            gap = accuracy - sum(confidence[i] for i in inside) / len(inside)
             total += len(inside) / len(confidence) * gap**2
     return math.sqrt(total)
 
@@ -41,325 +51,481 @@ def test_calibration_against_a_plain_loop(n):
     confidence, correct = predictions(n)
     for bins in (1, 10, 16):
         expected = plain_error(confidence, correct, bins)
-        assert rms_calibration_error(torch.tensor(confidence), correct, bins) == pytest.approx(expected, abs=1e-12)
-    assert rms_calibration_error(confidence, correct) == rms_calibration_error(confidence, correct, 16)
+        error = rms_calibration_error(torch.tensor(confidence), correct, bins)
+        assert error == pytest.approx(expected, abs=1e-12)
+    assert rms_calibration_error(confidence, correct) == rms_calibration_error(
+        confidence, correct, 16
+    )
+    assert rms_calibration_error([0.0, 0.05], [1, 0]) == pytest.approx(0.475)  # 0: the first bin
 
 
 def test_calibration_against_torchmetrics():
-    """Its bins hold their lower edge; mirrored, p -> 1 - p, their upper one as ours. (A p of 0 never comes.)"""
+    """Its bins hold their lower edge; mirrored, p -> 1 - p, their upper one. (No p is 0 here.)"""
     from torchmetrics.functional.classification import binary_calibration_error
 
     confidence, correct = predictions(4000)
     mirrored = torch.tensor(1 - confidence), torch.tensor(1 - correct.astype(int))
-    theirs = binary_calibration_error(*mirrored, n_bins=16, norm="l2").item()
-    assert rms_calibration_error(confidence, correct) == pytest.approx(theirs, abs=1e-6)
+    expected = binary_calibration_error(*mirrored, n_bins=16, norm="l2").item()
+    assert rms_calibration_error(confidence, correct) == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize(("n", "sizes"), [(1, [1]), (199, [199]), (200, [100, 100]), (399, [100, 100, 199])])
-def test_adaptive_calibration_is_groups_of_100_and_the_remainder_joined_to_the_last(n, sizes):
+@pytest.mark.parametrize(
+    ("n", "sizes"), [(1, [1]), (199, [199]), (200, [100, 100]), (399, [100, 100, 199])]
+)
+def test_adaptive_calibration_is_groups_of_100_the_remainder_joined_to_the_last(n, sizes):
     confidence, correct = predictions(n)
-    confidence = confidence + np.random.default_rng(n).random(n) * 1e-9 * (confidence < 1 - 1e-6)
-    rows, total = np.argsort(confidence, kind="stable"), 0.0
+    ties = np.random.default_rng(n).random(n) * 1e-9  # broken
+    confidence = np.where(confidence < 1 - 1e-6, confidence + ties, confidence - ties)
+    rows, total = np.argsort(confidence), 0.0
     for size in sizes:
         total += size / n * (correct[rows[:size]].mean() - confidence[rows[:size]].mean()) ** 2
         rows = rows[size:]
-    assert rms_calibration_error(confidence, correct, 3, adaptive=True) == pytest.approx(math.sqrt(total), abs=1e-12)
+    error = rms_calibration_error(confidence, correct, 3, adaptive=True)
+    assert error == pytest.approx(math.sqrt(total), abs=1e-12)
 
 
-def test_calibration_refuses():
-    for bad in (([], []), ([0.5], [1, 0]), ([math.nan], [1]), ([1.1], [1]), ([-0.1], [1]), ([0.5], [2])):
-        with pytest.raises(ValueError, match=r"calibration needs|not a number"):
-            rms_calibration_error(*bad)
+@pytest.mark.parametrize(
+    ("confidence", "correct", "message"),
+    [
+        ([], [], "0 confidences and 0 outcomes"), ([0.5], [1, 0], "1 confidences and 2 outcomes"),
+        ([math.nan], [1], "not a number in"), ([1.1], [1], "not a number in"),
+        ([-0.1], [1], "not a number in"), ([0.5], [2], "neither 0 nor 1"),
+    ],
+)  # fmt: skip
+def test_calibration_refuses(confidence, correct, message):
+    with pytest.raises(ValueError, match=message):
+        rms_calibration_error(confidence, correct)
 
 
-# The folder that is evaluated
-
-N = 12
-
-
-class Small(nn.Module):
-    """Stands in for ResNet-20, to be quick."""
-
-    def __init__(self, arch, num_classes):
-        super().__init__()
-        self.conv1, self.bn1, self.fc = nn.Conv2d(3, 8, 3, 2, bias=False), nn.BatchNorm2d(8), nn.Linear(8, num_classes)
-
-    def forward(self, x):
-        return self.fc(torch.relu(self.bn1(self.conv1(x))).mean((2, 3)))
-
-
-def write_corrupted(root, labels, *further):
-    """A folder mine-C of random images, with the 18 and `further` corruptions."""
-    (root / "mine-C").mkdir(exist_ok=True)
-    for k, name in enumerate((*CORRUPTIONS, *further)):
-        images = np.random.default_rng(k).integers(0, 256, (5 * len(labels), 32, 32, 3), np.uint8)
-        np.save(root / "mine-C" / f"{name}.npy", images)
-    np.save(root / "mine-C" / "labels.npy", np.tile(labels, 5))
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with mine.npz, mine-C and a run of two epochs."""
-    with pytest.MonkeyPatch.context() as patch:
-        for script in (train, evaluate):
-            patch.setattr(script, "build_model", Small)
-        place, rng = tmp_path_factory.mktemp("evaluate"), np.random.default_rng(0)
-        train_images, test_images = (rng.integers(0, 256, (n, 32, 32, 3), np.uint8) for n in (16, N))
-        labels = {"train_labels": np.arange(16) % 4, "test_labels": np.arange(N) % 4}
-        np.savez(place / "mine.npz", train_images=train_images, test_images=test_images, source="a test", **labels)
-        write_corrupted(place, labels["test_labels"])
-        flags = f"--dataset {place}/mine.npz --arch resnet20 --method standard --batch-size 8 --lr 0.05 --epochs 2"
-        train.main([*flags.split(), "--eval-every", "1", "--device", "cpu", "--out", str(place / "run")])
-        yield place
-
-
-@pytest.fixture
-def mine(place):
-    """Its data set: twelve test images, four classes."""
-    return load_dataset(str(place / "mine.npz"), "")
-
-
-# The 18 x 5 loop on known predictions: the first pixels of an image are the logits that this network gives for it
+# The 18 x 5 loop on known predictions
 
 
 class Reader(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.scale = nn.Parameter(torch.tensor(8.0))
+    """A network without parameters: an image's first pixels are its logits."""
 
     def forward(self, x):
-        return self.scale * x[:, 0, 0, :4]
+        return 8.0 * x[:, 0, 0, :4]
 
 
-def expected(images, labels):
+def known(images, labels):
     """(confidence, correct) of Reader for uint8 (N, 32, 32, 3), in plain numpy."""
     logits = 8.0 * images[:, 0, :4, 0].astype(np.float64) / 255
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    return p.max(1), p.argmax(1) == np.asarray(labels)
+    return p.max(1), p.argmax(1) == labels
 
 
-FIFTEEN = ("gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur",
-           "snow", "frost", "fog", "brightness", "contrast", "elastic_transform", "pixelate",
-           "jpeg_compression")  # fmt: skip
+@pytest.fixture(scope="module")
+def noise(tmp_path_factory):
+    """(dataset, root): random images of four classes, with the 18 corruptions and two more."""
+    root = tmp_path_factory.mktemp("noise")
+    labels, rng = np.arange(N) % 4, np.random.default_rng(0)
+    (root / "noise-C").mkdir()
+    for name in (*CORRUPTIONS, "gaussian_noise", "mine"):
+        images = rng.integers(0, 256, (5 * N, 32, 32, 3), np.uint8)
+        np.save(root / f"noise-C/{name}.npy", images)
+    np.save(root / "noise-C/labels.npy", np.tile(labels, 5))
+    test = torch.randint(256, (N, 3, 32, 32), dtype=torch.uint8)
+    y = torch.from_numpy(labels)
+    return Dataset("noise", test[:0], y[:0], test, y, list("abcd"), True, "random"), root
 
 
 @pytest.mark.parametrize("limit", [None, 7])
-def test_mca_and_pooled_errors_are_those_of_a_plain_loop(tmp_path, mine, limit):
-    write_corrupted(tmp_path, mine.test_labels, "gaussian_noise", "of_my_own")
-    e = evaluate.evaluate(Reader(), mine, str(tmp_path), {}, None, limit)
-    labels, cells, pooled = mine.test_labels[:limit], {}, ([], [])
-    for name in (*CORRUPTIONS, "gaussian_noise", "of_my_own"):
-        file = np.load(tmp_path / "mine-C" / f"{name}.npy")
-        for severity in range(5):
-            confidence, correct = expected(file[N * severity :][:N][:limit], labels)
-            cells[name, severity] = 100 * correct.mean()
-            assert e["corruptions"][name][severity]["accuracy"] == pytest.approx(cells[name, severity])
+def test_mca_and_pooled_errors_are_those_of_a_plain_loop(noise, limit):
+    dataset, root = noise
+    e = evaluate.evaluate(Reader(), dataset, root, limit=limit, batch_size=5)
+    labels, cells, pooled = dataset.test_labels[:limit].numpy(), [], ([], [])
+    for name in (*CORRUPTIONS, "gaussian_noise", "mine"):
+        images = np.load(root / f"noise-C/{name}.npy")
+        assert len(e["corruptions"][name]) == 5
+        for severity, cell in enumerate(e["corruptions"][name]):
+            confidence, correct = known(images[N * severity :][:N][:limit], labels)
             error = 100 * plain_error(confidence, correct)
-            assert e["corruptions"][name][severity]["rms_calibration_error"] == pytest.approx(error, abs=1e-4)
+            assert cell["accuracy"] == pytest.approx(100 * correct.mean())
+            assert cell["rms_calibration_error"] == pytest.approx(error, abs=1e-4)
             if name in CORRUPTIONS:
+                cells.append(100 * correct.mean())
                 pooled[0].extend(confidence)
                 pooled[1].extend(correct)
-    assert list(e["corruptions"]) == [*CORRUPTIONS, "gaussian_noise", "of_my_own"]
-    assert e["mca"] == pytest.approx(np.mean([cells[name, s] for name in CORRUPTIONS for s in range(5)]))
-    assert e["mca15"] == pytest.approx(np.mean([cells[name, s] for name in FIFTEEN for s in range(5)]))
+    assert list(e["corruptions"]) == [*CORRUPTIONS, "gaussian_noise", "mine"]
+    assert len(cells) == 90
+    assert e["mca"] == pytest.approx(sum(cells) / 90)
     assert e["corrupt_rms_calibration_error"] == pytest.approx(100 * plain_error(*pooled), abs=1e-4)
-    adaptive = rms_calibration_error(*map(np.array, pooled), adaptive=True)
-    assert e["corrupt_rms_calibration_error_adaptive"] == pytest.approx(100 * adaptive, abs=1e-4)
-    clean = expected(mine.test_images.permute(0, 2, 3, 1).numpy()[:limit], labels)
+    adaptive = 100 * rms_calibration_error(*map(np.array, pooled), adaptive=True)
+    assert e["corrupt_rms_calibration_error_adaptive"] == pytest.approx(adaptive, abs=1e-4)
+    clean = known(dataset.test_images.permute(0, 2, 3, 1).numpy()[:limit], labels)
     assert e["clean"]["accuracy"] == pytest.approx(100 * clean[1].mean())
     for kind, (confidence, correct) in {"clean": clean, "corrupt": pooled}.items():
-        count, conf, hits = np.transpose(e["reliability"][kind])
-        assert (count.sum(), hits.sum()) == (len(correct), sum(correct))
-        error = math.sqrt(((hits - conf)[count > 0] ** 2 / count[count > 0]).sum() / len(correct))
+        count, total, hits = np.transpose(e["reliability"][kind])
+        assert (len(count), count.sum(), hits.sum()) == (16, len(correct), sum(correct))
+        filled = count > 0
+        error = math.sqrt(((hits - total)[filled] ** 2 / count[filled]).sum() / len(correct))
         assert error == pytest.approx(plain_error(confidence, correct), abs=1e-6)
+    only_clean = evaluate.evaluate(Reader(), dataset, "nowhere", limit=limit, clean_only=True)
+    assert only_clean == {
+        "clean": e["clean"],
+        "reliability": {"clean": e["reliability"]["clean"]},
+    }
 
 
-def test_rse_averages_probabilities_over_draws_that_depend_on_seed_and_set(place, mine):
-    config = {"method": "rse", "rse_sigma": 0.3, "rse_samples": 3, "seed": 1}
-    e = evaluate.evaluate(Reader(), mine, str(place), config, None, None)
-    fog = torch.tensor(np.load(place / "mine-C" / "fog.npy")[N : 2 * N]).permute(0, 3, 1, 2)
-    cases = ((("clean",), mine.test_images, e["clean"]), (("fog", 2), fog, e["corruptions"]["fog"][1]))
-    for key, images, ours in cases:
+def test_rse_averages_probabilities_over_draws_that_depend_on_seed_and_set(noise):
+    dataset, root = noise
+    utils.seed("caller")
+    before = torch.get_rng_state()
+    evaluate.evaluate(Reader(), dataset, root, limit=1)
+    assert torch.equal(torch.get_rng_state(), before)  # without noise nothing is drawn or seeded
+    e = evaluate.evaluate(Reader(), dataset, root, seed=1, noise_sigma=0.3, samples=3)
+    fog = torch.tensor(np.load(root / "noise-C/fog.npy")[N : 2 * N]).permute(0, 3, 1, 2)
+    cases = (
+        (("clean",), dataset.test_images, e["clean"]),
+        (("fog", 2), fog, e["corruptions"]["fog"][1]),
+    )
+    for key, images, cell in cases:
         utils.seed(1, *key)
         x = images / 255
-        p = torch.stack([Reader()(x + 0.3 * torch.randn_like(x)).softmax(1) for _ in range(3)]).mean(0)
-        correct = (p.argmax(1) == mine.test_labels).numpy()
-        assert ours["accuracy"] == pytest.approx(100 * correct.mean())
-        error = 100 * plain_error(p.amax(1).tolist(), correct)
-        assert ours["rms_calibration_error"] == pytest.approx(error, abs=1e-3)
+        p = torch.stack([Reader()(x + 0.3 * torch.randn_like(x)).softmax(1) for _ in range(3)])
+        confidence, prediction = p.mean(0).max(1)
+        correct = (prediction == dataset.test_labels).numpy()
+        assert cell["accuracy"] == pytest.approx(100 * correct.mean())
+        error = 100 * plain_error(confidence.tolist(), correct)
+        assert cell["rms_calibration_error"] == pytest.approx(error, abs=1e-3)
 
 
 def test_predict_is_the_same_for_many_images_as_for_few():
-    images = torch.randint(0, 256, (600, 3, 32, 32), dtype=torch.uint8)  # three pieces
-    p = Reader()(images / 255).softmax(1).detach()
+    images = torch.randint(0, 256, (600, 3, 32, 32), dtype=torch.uint8)  # three batches
+    p = Reader()(images / 255).softmax(1)
     for how in ({}, {"noise_sigma": 1e-9, "samples": 2}):
         confidence, prediction = evaluate.predict(Reader(), images, **how)
         torch.testing.assert_close(confidence, p.amax(1))
         assert torch.equal(prediction, p.argmax(1))
 
 
-def test_predict_is_in_eval_mode_and_leaves_the_mode_as_it_was(mine):
-    f = nn.Sequential(Reader(), nn.Dropout(0.5)).train()
-    assert torch.equal(evaluate.predict(f, mine.test_images)[1], Reader()(mine.test_images / 255).argmax(1))
-    assert f.training
+def test_predict_is_in_eval_mode_and_restores_each_submodules_mode(noise):
+    images = noise[0].test_images
+    f = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout(0.5), Reader()).train()
+    f[0].eval()  # the user's frozen batch norm
+    modes = [module.training for module in f.modules()]
+    confidence, _ = evaluate.predict(f, images)
+    assert [module.training for module in f.modules()] == modes == [True, False, True, True]
+    torch.testing.assert_close(confidence, f.eval()(images / 255).softmax(1).amax(1).detach())
 
 
 # The script
 
 
-def run_evaluate(place, *flags):
-    evaluate.main([*map(str, flags), "--data", str(place), "--device", "cpu", "--out", str(place / "results.json")])
-    return utils.read_json(place / "results.json")
+@pytest.fixture
+def run(home, place, monkeypatch):
+    """evaluate.py for a copy of the trained run, which has results.json."""
+    shutil.copytree(home / "runs", "runs")
+    monkeypatch.setattr(sys, "argv", ["evaluate.py"])
+    return lambda *flags: evaluate.main([str(RUN), "--device", "cpu", *map(str, flags)])
 
 
-def test_results_have_their_form(place, capsys):
-    results = run_evaluate(place, place / "run", "--only", "last", "--limit", 3, "--amp", "bf16")
-    wanted = {"dataset": "mine", "arch": "resnet20", "method": "standard", "tag": "", "seed": 0, "limit": 3,
-              "data_source": "a test", "corruption_source": "unverified", "train_images": 16, "test_images": 3,
-              "amp": "off", "best": None}  # fmt: skip
-    assert {key: results[key] for key in wanted} == wanted
-    flags = vars(train.parse_args([])).keys() - {"dataset", "arch", "method", "seed", "tag", "amp"}
-    assert results["hparams"].keys() == flags | {"processes"}
-    assert results["evaluation"]["amp"] == "bf16"  # the run's own is off
-    assert results["last"] != run_evaluate(place, place / "run", "--only", "last", "--limit", 3)["last"]
-    assert results.keys() > results["evaluation"].keys() > {"device", "versions", "commit"}
-    evaluate.check_results(results)
-    assert "mca15" not in results["last"]  # there is no gaussian_noise
-    shown = capsys.readouterr().out
-    assert "standard resnet20, last.pt (epoch 2), on mine (a test), unverified corruptions, first 3 images" in shown
-    e = results["last"]
-    corrupt, adaptive = e["corrupt_rms_calibration_error"], e["corrupt_rms_calibration_error_adaptive"]
-    for words, value in (("mCA", e["mca"]), ("RMS calibration error, corrupt", corrupt),
-                         ("RMS calibration error, adaptive, corrupt", adaptive)):  # fmt: skip
-        assert f"{words:<41}{value:6.2f}\n" in shown
+@pytest.fixture
+def refused(run, capsys):
+    """The one line with which an evaluation ends, after exit code 2, before any prediction."""
+
+    def refused(*flags):
+        capsys.readouterr()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(evaluate, "predict", None)
+            assert utils.run_main(lambda: run(*flags)) == 2
+        out, line = capsys.readouterr()
+        assert (out, line.count("\n")) == ("", 1)
+        assert line.startswith("evaluate.py: ")
+        return line
+
+    return refused
 
 
-def test_each_checkpoint_is_evaluated_with_its_own_weights(place):
-    run = shutil.copytree(place / "run", place / "own")
-    last = utils.load_checkpoint(run / "last.pt")
-    one_class = last["model"] | {"fc.weight": torch.zeros(4, 8), "fc.bias": torch.tensor([0.0, 9, 0, 0])}
-    utils.save_checkpoint(run / "best.pt", last | {"epoch": 1, "model": one_class})
-    results = run_evaluate(place, run)
-    assert (results["best"]["clean"]["accuracy"], results["best"]["mca"]) == (25, 25)
-    confidence = 100 / (1 + 3 * math.exp(-9))
-    assert results["best"]["corrupt_rms_calibration_error"] == pytest.approx(confidence - 25, abs=1e-4)
-    f = Small("", 4)
-    f.load_state_dict(last["model"])
-    images = torch.tensor(np.load(place / "mine-C" / "snow.npy")[4 * N :]).permute(0, 3, 1, 2) / 255
-    with torch.no_grad():
-        p = f.eval()(images).softmax(1)
-    cell = results["last"]["corruptions"]["snow"][4]
-    correct = (p.argmax(1) == torch.arange(N) % 4).tolist()
-    assert cell["accuracy"] == pytest.approx(100 * np.mean(correct))
-    assert cell["rms_calibration_error"] == pytest.approx(100 * plain_error(p.amax(1).tolist(), correct), abs=1e-3)
+@pytest.fixture
+def entry(home):
+    """What evaluate.evaluate returned for last.pt of the run."""
+    entry = utils.read_json(home / RUN / "results.json")["last"]
+    return {key: value for key, value in entry.items() if key != "epoch"}
 
 
-def test_a_part_of_an_evaluation_replaces_none(place):
-    run = shutil.copytree(place / "run", place / "part")
-    (run / "results.json").write_text("{}")
-    for part in (["--only", "best"], ["--limit", "2"]):
-        with pytest.raises(ValueError, match=r"results\.json is there already"):
-            evaluate.main([str(run), "--data", str(place), "--device", "cpu", *part])
-    assert (run / "results.json").read_text() == "{}"
+@pytest.fixture
+def calls(monkeypatch, entry):
+    """The keyword arguments of calls of evaluate.evaluate, which is not run but returns `entry`."""
+    calls = []
+
+    def evaluated(f, dataset, root, **options):
+        calls.append(options | {"dataset": dataset})
+        return copy.deepcopy(entry)
+
+    monkeypatch.setattr(evaluate, "evaluate", evaluated)
+    return calls
 
 
-@pytest.mark.parametrize(("amp", "trained", "used"), [("auto", "off", "off"), ("auto", "bf16", "fp16"),
-                                                      ("bf16", "off", "bf16")])  # fmt: skip
-def test_precision_is_by_default_the_devices_where_the_run_was_not_float32(place, monkeypatch, amp, trained, used):
-    run = shutil.copytree(place / "run", place / f"amp-{amp}-{trained}")
-    for name in ("best", "last"):
-        saved = utils.load_checkpoint(run / f"{name}.pt")
-        utils.save_checkpoint(run / f"{name}.pt", saved | {"config": saved["config"] | {"amp": trained}})
-    dtypes = {"auto": torch.float16, "bf16": torch.bfloat16, "off": None}  # of an older GPU
-    monkeypatch.setattr(utils, "amp_dtype", lambda amp, device: dtypes[amp])
-    results = run_evaluate(place, run, "--only", "last", "--limit", 1, "--amp", amp)
-    assert results["evaluation"]["amp"] == used
+def change(which, **changes):
+    """Change a checkpoint of the run; those of its recipe by `recipe`."""
+    saved = utils.load_checkpoint(RUN / f"{which}.pt")
+    changes["recipe"] = saved["recipe"] | changes.get("recipe", {})
+    utils.save_checkpoint(RUN / f"{which}.pt", saved | changes)
 
 
-def test_best_and_last_of_one_epoch_are_evaluated_once(place, monkeypatch):
-    calls, real = [], evaluate.evaluate
-    monkeypatch.setattr(evaluate, "evaluate", lambda *arguments: calls.append(1) or real(*arguments))
-    run = shutil.copytree(place / "run", place / "copy")
-    for epoch, times in ((2, 1), (1, 3)):
-        utils.save_checkpoint(run / "best.pt", utils.load_checkpoint(run / "last.pt") | {"epoch": epoch})
-        results = run_evaluate(place, run, "--limit", 1)
+def test_results_have_their_form(run):
+    results = utils.read_json(RUN / "results.json")
+    config = utils.read_json(RUN / "config.json")
+    assert list(results) == [*config, "evaluation", "best", "last"]
+    assert {key: results[key] for key in config} == config
+    about = results["evaluation"]
+    fixed = {"corruption_source": "generated", "test_images": 20, "amp": "off", "limit": None}
+    assert about.items() >= fixed.items()
+    assert about.keys() - fixed.keys() == {"test_sha256", "device", "versions", "commit"}
+    made = utils.read_json("data/tiny-C/generated.json")
+    assert about["test_sha256"] == made["clean_sha256"]
+    three = {"accuracy", "rms_calibration_error", "rms_calibration_error_adaptive"}
+    for which in ("best", "last"):
+        e = results[which]
+        assert e["epoch"] == utils.load_checkpoint(RUN / f"{which}.pt")["epoch"]
+        assert set(e) == {
+            "epoch", "clean", "corruptions", "mca", "corrupt_rms_calibration_error",
+            "corrupt_rms_calibration_error_adaptive", "reliability",
+        }  # fmt: skip
+        assert e["clean"].keys() == three
+        assert list(e["corruptions"]) == [*CORRUPTIONS, "gaussian_noise"]
+
+
+def test_each_checkpoint_is_evaluated_with_its_own_weights(run, entry):
+    dataset = load_dataset("data/tiny.npz", "")
+    last = utils.load_checkpoint(RUN / "last.pt")["model"]
+    bias = torch.tensor([0.0, 9, 0, 0, 0, 0, 0, 0, 0, 0])
+    one_class = last | {"fc.weight": torch.zeros_like(last["fc.weight"]), "fc.bias": bias}
+    change("best", epoch=1, model=one_class)
+    change("last", epoch=2)
+    run("--clean", "--out", "clean.json")
+    results = utils.read_json("clean.json")
+    share = 100 * (dataset.test_labels == 1).double().mean().item()
+    assert results["best"]["clean"]["accuracy"] == pytest.approx(share)
+    confidence = 100 / (1 + 9 * math.exp(-9))
+    error = results["best"]["clean"]["rms_calibration_error"]
+    assert error == pytest.approx(confidence - share, abs=1e-4)
+    f = build_model("resnet20", 10)
+    f.load_state_dict(last)
+    snow = torch.from_numpy(np.load("data/tiny-C/snow.npy")[80:]).permute(0, 3, 1, 2)
+    for images, cell in (
+        (dataset.test_images, results["last"]["clean"]),
+        (dataset.test_images, entry["clean"]),
+        (snow, entry["corruptions"]["snow"][4]),
+    ):
+        with torch.no_grad():
+            confidence, prediction = f.eval()(images / 255).softmax(1).max(1)
+        correct = (prediction == dataset.test_labels).tolist()
+        assert cell["accuracy"] == pytest.approx(100 * np.mean(correct))
+        error = 100 * plain_error(confidence.tolist(), correct)
+        assert cell["rms_calibration_error"] == pytest.approx(error, abs=1e-3)
+
+
+def test_the_columns_that_are_printed(run, calls, entry, capsys):
+    change("best", epoch=1)
+    change("last", epoch=2)
+    run()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == (
+        "magnma resnet20, trained on tiny, tested on 20 images of tiny (digits, enlarged),"
+        " generated corruptions"
+    )
+    assert lines[1].split() == ["best.pt,", "epoch", "1", "last.pt,", "epoch", "2"]
+    fog = np.mean([cell["accuracy"] for cell in entry["corruptions"]["fog"]])
+    for label, value in {
+        "clean accuracy": entry["clean"]["accuracy"],
+        "mCA": entry["mca"],
+        "fog": fog,
+        "RMS calibration error, corrupt": entry["corrupt_rms_calibration_error"],
+        "RMS calibration error, adaptive, corrupt": entry["corrupt_rms_calibration_error_adaptive"],
+    }.items():
+        assert f"{label:<41}{value:20.2f}{value:20.2f}" in lines
+    assert {len(line) for line in lines[1:-1]} == {81}
+    assert lines[-1] == f"written to {RUN}/results.json"
+
+
+@pytest.mark.parametrize(
+    ("flags", "existing", "written"),
+    [
+        ("", True, "results.json"),
+        ("--only best", False, "results.json"),
+        ("--only best", True, None),  # it may hold both
+        ("--clean", False, None),
+        ("--limit 2", False, None),
+        ("--dataset new.npz", False, None),
+        ("--dataset moved/tiny.npz", False, "results.json"),
+        ("--limit 2 --out sub/out.json", True, "out.json"),
+        ("--dataset new.npz --out sub/out.json", True, "out.json"),
+    ],
+)
+def test_where_results_are_written(run, calls, capsys, flags, existing, written):
+    with np.load("data/tiny.npz") as file:
+        new = {f"test_{kind}": file[f"test_{kind}"][:10] for kind in ("images", "labels")}
+    np.savez("new.npz", **new, classes=np.arange(10).astype(str))  # as CIFAR-10.1: no train images
+    Path("moved").mkdir()
+    shutil.copy("data/tiny.npz", "moved/tiny.npz")
+    path = RUN / "results.json" if written != "out.json" else Path("sub/out.json")
+    (RUN / "results.json").write_text("{}")
+    if not existing:
+        (RUN / "results.json").unlink()
+    run(*flags.split())
+    last_line = capsys.readouterr().out.splitlines()[-1]
+    if written:
+        assert last_line == f"written to {path}"
+        results = utils.read_json(path)
+        assert (results["last"] is None) is ("--only best" in flags)
+        limit = 2 if "--limit" in flags else None
+        images = limit or (10 if "new" in flags else 20)
+        about = results["evaluation"]
+        assert (about["limit"], about["test_images"]) == (limit, images)
+    else:
+        assert last_line == "not written to a file; --out FILE writes it"
+    if written != "results.json":
+        assert (RUN / "results.json").exists() is existing
+        assert not existing or (RUN / "results.json").read_text() == "{}"
+    expected = {"limit": 2 if "--limit" in flags else None, "clean_only": "--clean" in flags}
+    assert all(call.items() >= expected.items() for call in calls)
+
+
+def test_results_are_written_before_they_are_printed_to_a_closed_pipe(run, calls, monkeypatch):
+    (RUN / "results.json").unlink()
+    read, write = os.pipe()
+    os.close(read)  # `| head -1` has ended
+    with open(write, "w", buffering=1) as closed, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", closed)
+        assert utils.run_main(run) == 0
+    assert utils.read_json(RUN / "results.json")["last"]["mca"]
+
+
+@pytest.mark.parametrize("lost", ["best", "last"])
+def test_a_lost_checkpoint_is_named_and_the_other_evaluated(run, refused, calls, capsys, lost):
+    kept = {"best": "last", "last": "best"}[lost]
+    (RUN / f"{lost}.pt").unlink()
+    before = (RUN / "results.json").read_bytes()
+    for flags in ((), ("--only", kept)):
+        capsys.readouterr()
+        run(*flags)
+        assert capsys.readouterr().err == f"{RUN}: {lost}.pt is lost; evaluating the other\n"
+        assert (RUN / "results.json").read_bytes() == before  # with the lost one's results
+    (RUN / "results.json").unlink()
+    run()
+    results = utils.read_json(RUN / "results.json")
+    assert results[lost] is None
+    assert results[kept]["mca"]
+    assert f"--only {lost}: {RUN}/{lost}.pt is lost. Leave --only out" in refused("--only", lost)
+
+
+def test_best_and_last_of_one_epoch_are_evaluated_once(run, calls):
+    for epoch, times in ((2, 1), (1, 2)):
+        calls.clear()
+        change("best", epoch=epoch)
+        run()
+        results = utils.read_json(RUN / "results.json")
         assert (len(calls), results["best"]["epoch"], results["last"]["epoch"]) == (times, epoch, 2)
 
 
-def test_weights_of_others(place):
-    ours = run_evaluate(place, place / "run", "--only", "last", "--limit", 3)["last"]
-    state = torch.load(place / "run" / "last.pt", weights_only=True)["model"]
-    foreign = {f"module.{k.replace('fc', 'linear')}": v for k, v in state.items() if "num_batches" not in k}
-    torch.save({"net": foreign, "acc": 90.0}, place / "theirs.pt")
-    flags = ["--checkpoint", place / "theirs.pt", "--arch", "resnet20", "--dataset", place / "mine.npz", "--limit", 3]
-    results = run_evaluate(place, *flags)
-    assert results["foreign"] == ours | {"epoch": None}
-    assert "best" not in results
-    assert results["hparams"] == {"checkpoint": str(place / "theirs.pt"), "mean": None, "std": None}
-    evaluate.check_results(results)
-    # f of (x - m) / s is f with other weights of x: here those of the first layer, and its bias within batch norm
-    mean, std = torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1), torch.tensor([0.5, 0.25, 2.0]).view(3, 1, 1)
-    first = state["conv1.weight"]
-    shift = (first * mean).sum((1, 2, 3))
-    theirs = state | {"conv1.weight": first * std, "bn1.running_mean": state["bn1.running_mean"] - shift}
-    torch.save(theirs, place / "theirs.pt")
-    other = run_evaluate(place, *flags, "--mean", 0.1, 0.2, 0.3, "--std", 0.5, 0.25, 2)
-    assert len(evaluate.group_runs({1: results, 2: other})) == 2
-    assert other["foreign"]["mca"] == ours["mca"]
-    error = ours["clean"]["rms_calibration_error"]
-    assert other["foreign"]["clean"]["rms_calibration_error"] == pytest.approx(error)
+@pytest.mark.parametrize(
+    ("amp", "trained", "used"),
+    [("auto", "off", "off"), ("auto", "bf16", "fp16"), ("bf16", "off", "bf16")],
+)
+def test_precision_is_the_devices_unless_the_run_was_in_float32(
+    run, calls, monkeypatch, amp, trained, used
+):
+    dtypes = {"auto": torch.float16, "bf16": torch.bfloat16, "off": None}  # of an older GPU
+    monkeypatch.setattr(utils, "amp_dtype", lambda amp, device: dtypes[amp])
+    for which in ("best", "last"):
+        change(which, recipe={"amp": trained})
+    run("--amp", amp)
+    assert utils.read_json(RUN / "results.json")["evaluation"]["amp"] == used
+    assert utils.amp_name(calls[0]["dtype"]) == used
 
 
-# Results read back
+def test_rses_ensemble_is_the_runs(run, calls):
+    ensemble = {"method": "rse", "rse_sigma": 0.3, "rse_samples": 4}
+    change("best", recipe=ensemble, seed=3)
+    run("--only", "best")
+    wanted = {"noise_sigma": 0.3, "samples": 4, "seed": 3}
+    assert calls[0].items() >= wanted.items()
 
 
-@pytest.fixture(scope="module")
-def whole(place):
-    return run_evaluate(place, place / "run", "--only", "last", "--limit", 2)
+def test_another_test_set_is_evaluated_without_training_images(run):
+    with np.load("data/tiny.npz") as file:
+        np.savez("new.npz", test_images=file["test_images"], test_labels=file["test_labels"])
+    run("--dataset", "new.npz", "--clean", "--out", "new.json")
+    new, own = utils.read_json("new.json"), utils.read_json(RUN / "results.json")
+    assert new["last"]["clean"] == own["last"]["clean"]  # the same images here
+    assert new["last"].keys() == {"epoch", "clean", "reliability"}
+    assert new["evaluation"]["corruption_source"] is None
 
 
-def changed(whole, path, value):
-    """A copy of the results with another value at `path`, keys with dots between; None removes it."""
-    results = inner = copy.deepcopy(whole)
-    *outer, key = path.split(".")
-    for name in outer:
-        inner = inner[name]
-    inner.pop(key, None)
-    if value is not None:
-        inner[key] = value
-    return results
+# What is refused
 
 
-def test_damaged_and_older_results_are_named_and_skipped(whole, tmp_path):
-    fog, mca = whole["last"]["corruptions"]["fog"], whole["last"]["mca"]
-    changes = [("amp", None), ("last", None), ("seed", [1]), ("evaluation", "x"), ("last.corruptions.fog", None),
-               ("last.corruptions.fog", fog[:4]), ("last.clean.accuracy", 101), ("last.clean.accuracy", "much"),
-               ("last.corrupt_rms_calibration_error", float("nan")), ("last.mca", mca + 1),
-               ("last.reliability.clean", [[0, 0, 0]] * 15)]  # fmt: skip
-    bad = ["{", "[]", "3", *(json.dumps(changed(whole, *change)) for change in changes)]
-    paths = [tmp_path / f"{number:02}" / "results.json" for number in range(len(bad) + 1)]
-    for path, text in zip(paths, [*bad, json.dumps(whole)], strict=True):
-        path.parent.mkdir()
-        path.write_text(text)
-    sound, problems = evaluate.read_results(tmp_path)
-    assert sound == {paths[-1]: whole}
-    assert [line.split(" is left out: ")[0] for line in problems] == [str(path) for path in paths[:-1]]
-    assert "\n" not in "".join(problems)
-    with pytest.raises(FileNotFoundError, match=r"no results\.json below"):
-        evaluate.read_results(tmp_path / "nowhere")
+def test_a_place_that_cannot_be_written_is_found_out_before_any_prediction(refused):
+    Path("file").touch()
+    assert "cannot write to file: " in refused("--out", "file/out.json")
+    assert "cannot write to /proc/self: " in refused("--out", "/proc/self/out.json")  # root too
+    assert "--out data is not a file. Name the file to write" in refused("--out", "data")
+    shutil.copytree("data", "copy")  # the run's own results.json
+    os.remove(RUN / "results.json")
+    (RUN / "results.json").mkdir()
+    assert "results.json is not a file" in refused("--data", "copy")
 
 
-def test_runs_that_differ_in_more_than_the_seed_are_never_averaged(whole):
-    same = [("seed", 1), ("seed", 2), ("hparams.out", "elsewhere"), ("hparams.device", "cuda"),
-            ("hparams.recompute", True), ("hparams.n", 1), ("hparams.joint", True),  # which Standard does not take
-            ("wall_seconds", 5), ("commit", "x"), ("device", "another")]  # fmt: skip
-    other = [("hparams.lr", 0.7), ("hparams.epochs", 3),
-             ("hparams.of_my_own", 3), ("dataset", "x"), ("arch", "x"), ("method", "mine"), ("tag", "x"),
-             ("data_source", "official"), ("corruption_source", "official"), ("train_images", 15), ("test_images", 3),
-             ("amp", "bf16"), ("evaluation.amp", "fp16")]  # fmt: skip
-    runs = {k: changed(whole, *change) for k, change in enumerate([*same, *other])}
-    first, *rest = evaluate.group_runs(runs)
-    assert {seed: content["seed"] for seed, content in first.seeds.items()} == {0: 0, 1: 1, 2: 2}
-    assert first.left_out == list(range(3, len(same)))  # the same seed twice: named
-    assert len(rest) == len(other)
-    assert all(len(group.seeds) == 1 and not group.left_out for group in rest)
+def test_data_that_do_not_fit_the_run(run, refused):
+    with np.load("data/tiny.npz") as file:
+        arrays = dict(file)
+    np.savez("three.npz", test_images=arrays["test_images"][:3], test_labels=np.arange(3))
+    assert "--dataset three.npz has 3 classes, not the run's 10" in refused(
+        "--dataset", "three.npz"
+    )
+    assert "--limit 21: tiny has 20 test images" in refused("--limit", 21)
+    shutil.copytree("data", "other")
+    os.remove("data")  # the link
+    assert "--dataset data/tiny.npz: No such file" in refused()
+    Path("data").mkdir()
+    np.savez("data/tiny.npz", **arrays | {"test_images": 255 - arrays["test_images"]})
+    line = refused("--data", "other")
+    assert f"data/tiny.npz does not hold the images that {RUN} was trained on" in line
+    assert "Name their file with --dataset" in line
+    own = ("--dataset", "other/tiny.npz", "--data")
+    assert "tiny-C does not exist" in refused(*own, "nowhere")
+    made = utils.read_json("other/tiny-C/generated.json")
+    utils.write_json("other/tiny-C/generated.json", made | {"clean_sha256": "0"})
+    assert "other/tiny-C was made from other test images" in refused(*own, "other")
+    np.save("other/tiny-C/labels.npy", np.zeros(100, np.int64))
+    assert "other/tiny-C is of another test set than tiny's" in refused(*own, "other")
+
+
+def test_folders_that_are_not_a_finished_run(run, refused):
+    last = utils.load_checkpoint(RUN / "last.pt")
+    change("last", epoch=1)
+    assert f"{RUN} is unfinished (1 of 2 epochs). Train with --resume" in refused()
+    for content in ({"model": last["model"]}, {k: v for k, v in last.items() if k != "ran"}):
+        utils.save_checkpoint(RUN / "last.pt", content)
+        assert f"{RUN}/last.pt was not written by this version of train.py" in refused()
+    (RUN / "last.pt").write_bytes(b"cut")
+    assert f"{RUN}/last.pt is damaged" in refused()
+    for which in ("best", "last"):
+        (RUN / f"{which}.pt").unlink()
+    assert f"{RUN} has no checkpoint yet. Train with --resume" in refused()
+    (RUN / "config.json").unlink()
+    assert f"{RUN} is not a run folder" in refused()
+    shutil.rmtree(RUN)
+    assert f"{RUN} is not a run folder" in refused()
+
+
+def test_config_json_is_not_needed(run):
+    (RUN / "config.json").unlink()
+    run("--clean", "--out", "out.json")
+    results = json.loads(Path("out.json").read_text())
+    assert results["recipe"]["dataset"] == "tiny"
+
+
+def test_wrong_flags_are_a_usage_line_and_a_line(run, capsys):
+    for flags, message in {
+        "--limit 0": "argument --limit: 0 is out of range, it must be at least 1",
+        "--only both": "argument --only: invalid choice: 'both'",
+        "--checkpoint x": "unrecognized arguments: --checkpoint x",
+    }.items():
+        with contextlib.suppress(SystemExit):
+            run(*flags.split())
+        usage, error = capsys.readouterr().err.splitlines()
+        assert usage == "usage: evaluate.py [flags]; --help lists them"
+        assert message in error
