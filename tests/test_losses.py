@@ -25,7 +25,6 @@ from augment import augmix, gaussian_noise, mixed_augmentation, preprocess
 from models import build_model
 
 EPSILON, STEPS = 8 / 255, 3
-STEP_SIZE = 2.5 * EPSILON / STEPS
 PGD = {"epsilon": EPSILON, "pgd_steps": 7, "pgd_step_size": None}
 PAPER = {
     "standard": {},
@@ -127,16 +126,17 @@ def L(p: list, y: int) -> Tensor:
     return -torch.log(p[y])
 
 
-def naive_pgd(f: nn.Module, x: Tensor, start: Tensor, objective) -> Tensor:
+def naive_pgd(f: nn.Module, x: Tensor, start: Tensor, objective, h: dict) -> Tensor:
     """delta <- P(delta + alpha sign(gradient)) from P(start), image by image, not clipped."""
-    result = []
+    result, epsilon, steps = [], h["epsilon"], h["pgd_steps"]
+    alpha = h["pgd_step_size"] or 2.5 * epsilon / steps
     for i in range(len(x)):
-        delta = np.clip(start[i].numpy(), -EPSILON, EPSILON)
-        for _ in range(STEPS):
+        delta = np.clip(start[i].numpy(), -epsilon, epsilon)
+        for _ in range(steps):
             moving = (x[i] + torch.from_numpy(delta)).requires_grad_(True)
             value = objective(probabilities(f, moving[None])[0], i)
             (gradient,) = torch.autograd.grad(value, moving)
-            delta = np.clip(delta + STEP_SIZE * np.sign(gradient.numpy()), -EPSILON, EPSILON)
+            delta = np.clip(delta + alpha * np.sign(gradient.numpy()), -epsilon, epsilon)
         result.append(x[i] + torch.from_numpy(delta))
     return torch.stack(result)
 
@@ -148,12 +148,13 @@ def naive_loss(name: str, f: nn.Module, x: Tensor, y: Tensor, h: dict) -> Tensor
     if name == "standard":  # Eq. (1)
         total = [L(p[i], y[i]) for i in images]
     elif name == "at":  # Eq. (2), from delta = 0
-        x_adv = naive_pgd(f, x, torch.zeros_like(x), lambda q, i: L(q, y[i]))
+        x_adv = naive_pgd(f, x, torch.zeros_like(x), lambda q, i: L(q, y[i]), h)
         attacked = probabilities(f, x_adv)
         total = [L(attacked[i], y[i]) for i in images]
     elif name == "trades":  # Eq. (3), from 0.001 N(0, I)
         fixed = [[p_c.detach() for p_c in p_i] for p_i in p]
-        x_adv = naive_pgd(f, x, 0.001 * torch.randn_like(x), lambda q, i: D(fixed[i], q))
+        start = 0.001 * torch.randn_like(x)
+        x_adv = naive_pgd(f, x, start, lambda q, i: D(fixed[i], q), h)
         attacked = probabilities(f, x_adv)
         total = [L(p[i], y[i]) + h["trades_lambda"] * D(p[i], attacked[i]) for i in images]
     elif name == "rse":  # Eq. (4)
@@ -188,7 +189,8 @@ def naive_loss(name: str, f: nn.Module, x: Tensor, y: Tensor, h: dict) -> Tensor
         ("magnma", {"operations": "augmix"}),
         ("magnma", {"lambda2": 0.0, "sigma_max": 0.5, "n": 5}),
         ("magnma", {"lambda1": 0.0, "lambda2": 5.0, "beta": 0.5}),
-        ("at", {"pgd_step_size": STEP_SIZE}),
+        ("at", {"epsilon": 0.1, "pgd_step_size": 0.02}),
+        ("trades", {"trades_lambda": 6.0, "epsilon": 0.1, "pgd_step_size": 0.02, "pgd_steps": 2}),
         ("augmix", {"jsd_lambda": 1.0}),
     ],
 )
