@@ -19,13 +19,13 @@ from torch import Tensor
 
 A = ("autocontrast", "equalize", "posterize", "solarize")  # MAGNMA's set A
 OPERATIONS = (*A, "rotate", "shear_x", "shear_y", "translate_x", "translate_y")  # AugMix's nine
-ROTATE, SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y = range(len(A), len(OPERATIONS))
 
 JITTER = 0.25  # Sec. 4: colour jitter, factors in [1 - JITTER, 1 + JITTER]
 DEGREES = 2.0  # Sec. 4: rotation, angles in [-DEGREES, DEGREES]
 PADDING = 4  # Sec. 4: random crop
+RED, GREEN, BLUE = 19595 / 65536, 38470 / 65536, 7471 / 65536  # Pillow's weights of grey
 WIDTH, DEPTH = 3, 3  # AugMix: chains per image, most operations per chain
-CHUNK, LARGE_CHUNK = 128, 8192  # images at a time on a CPU (they stay in its cache) and on a GPU
+CHUNK, LARGE_CHUNK = 256, 8192  # images at a time on a CPU and on a GPU
 
 
 def check_images(x: Tensor) -> None:
@@ -86,11 +86,13 @@ def equalize(images: Tensor) -> Tensor:
     index = images.flatten(2).long()
     counts = torch.zeros(*index.shape[:2], 256, dtype=torch.int32, device=images.device)
     counts.scatter_add_(2, index, torch.ones_like(index, dtype=torch.int32))
-    step = (index.shape[2] - counts.gather(2, index.amax(2, keepdim=True))) // 255
+    highest = images.flatten(2).amax(2, keepdim=True).long()
+    step = (index.shape[2] - counts.gather(2, highest)) // 255
     below = counts.cumsum(2, dtype=torch.int32) - counts
-    flat = ((step // 2 + below) // step.clamp(min=1)).clamp(max=255)
-    level = torch.arange(256, dtype=torch.int32, device=images.device)
-    return look_up(images, torch.where(step > 0, flat, level).to(torch.uint8))
+    # in float32, exact for these integers and twice as fast as integer division
+    flat = ((step // 2 + below) / step.clamp(min=1)).floor_().clamp_(max=255)
+    level = torch.arange(256, dtype=torch.float32, device=images.device)
+    return look_up(images, to_uint8(torch.where(step > 0, flat, level)))
 
 
 def posterize(images: Tensor, bits: Tensor) -> Tensor:
@@ -160,7 +162,8 @@ def rows_and_columns(images: Tensor) -> tuple[Tensor, Tensor]:
 def gather_pixels(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """images[b, :, rows, columns], black outside; integers that broadcast to (B, H, W)."""
     count, channels, height, width = images.shape
-    index = (rows.clamp(-1, height) + 1) * (width + 2) + (columns.clamp(-1, width) + 1)
+    # in the image padded by 1, where the pixel (-1, -1) has index 0
+    index = rows.clamp(-1, height) * (width + 2) + columns.clamp(-1, width) + (width + 3)
     index = index.long().view(count, 1, height * width).expand(-1, channels, -1)
     return F.pad(images, (1, 1, 1, 1)).flatten(2).gather(2, index).view_as(images)
 
@@ -205,12 +208,13 @@ def colour_jitter(images: Tensor, order: Tensor, factors: Tensor) -> Tensor:
 
     order (B, 3) is each image's order of the three, factors (B, 3) the factor of each. All three
     are Pillow's blend, f x + (1 - f) other truncated to a level, with black, the mean grey or each
-    pixel's grey as `other`. It is exact in float32: the greys' sums are integers below 2**24.
+    pixel's grey as `other`. Grey is exact in float32: in units of 2**-16 it is an integer below
+    2**24.
     """
     x = images.float()
     for kind in order.long().view(-1, 3, 1, 1).unbind(1):
-        grey = 19595 * x[:, :1] + 38470 * x[:, 1:2] + 7471 * x[:, 2:]
-        grey = ((grey + 32768) * 2**-16).floor()
+        red, green, blue = x.split(1, 1)
+        grey = (RED * red).add_(green, alpha=GREEN).add_(blue, alpha=BLUE).add_(0.5).floor_()
         mean = (grey.mean((2, 3), keepdim=True) + 0.5).floor()
         kind = kind.unsqueeze(1)
         other = torch.where(kind == 2, grey, torch.where(kind == 1, mean, 0.0))
@@ -317,46 +321,51 @@ def to_uint8(x: Tensor) -> Tensor:
 def apply_operations(images: Tensor, op: Tensor, v: Tensor) -> Tensor:
     """Apply to each image its operation, an index into OPERATIONS (-1: none), at level |v|.
 
-    images uint8 (B, 3, S, S); op and v (B,) on the host, |v| in [0.1, 10]. AugMix's scale:
-    posterize keeps 4 - floor(4 |v| / 10) bits, at least one; solarize inverts from
-    256 - floor(256 |v| / 10) on; rotation is by floor(30 |v| / 10) degrees, shear by 0.3 |v| / 10,
-    translation by floor(S / 3 |v| / 10) pixels. The sign of v is the direction of these three.
+    images uint8 (B, 3, S, S); op and v (B,) on the host.
     """
-    order = op.argsort()  # groups images by operation
-    op, v = op[order], v[order].double()
-    counts = torch.bincount(op + 1, minlength=len(OPERATIONS) + 1).tolist()
-    # none, each of A, rotation and shears together, translations together
-    sizes = [*counts[: ROTATE + 1], sum(counts[ROTATE + 1 : TRANSLATE_X + 1]), sum(counts[-2:])]
-
-    def grouped(values: Tensor) -> tuple[Tensor, ...]:
-        return values.to(images.device, non_blocking=True).split(sizes)
-
-    bits = grouped((4 - (4 * v.abs() / 10).floor()).clamp(min=1).int())
-    threshold = grouped((256 - (256 * v.abs() / 10).floor()).int())
-    matrix = augmix_matrix(op, v, images.shape[2]).split(sizes)
-    pixels = (images.shape[2] / 3 * v / 10).trunc()
-    shift = torch.stack([pixels * (op == TRANSLATE_X), pixels * (op == TRANSLATE_Y)], 1).int()
-    shift = grouped(shift)
-    group = images.index_select(0, order.to(images.device, non_blocking=True)).split(sizes)
-    results = [
-        group[0],
-        autocontrast(group[1]),
-        equalize(group[2]),
-        posterize(group[3], bits[3]),
-        solarize(group[4], threshold[4]),
-        affine(group[5], matrix[5]),
-        translate(group[6], shift[6]),
-    ]
-    back = order.argsort().to(images.device, non_blocking=True)
+    rows, results = [], []
+    for k in op.unique().tolist():
+        where = (op == k).nonzero().squeeze(1)
+        group = images.index_select(0, where.to(images.device, non_blocking=True))
+        if k >= 0:
+            group = apply_operation(OPERATIONS[k], group, v[where].double())
+        rows.append(where)
+        results.append(group)
+    back = torch.cat(rows).argsort().to(images.device, non_blocking=True)
     return torch.cat(results).index_select(0, back)
 
 
-def augmix_matrix(op: Tensor, v: Tensor, size: int) -> Tensor:
-    """The matrices (B, 6) of rotation and shears; op and v as in `apply_operations`."""
-    shear, one, zero = 0.3 * v / 10, torch.ones_like(v), torch.zeros_like(v)
-    sheared = [one, shear * (op == SHEAR_X), zero, shear * (op == SHEAR_Y), one, zero]
-    rotated = rotation_matrix((30 * v / 10).trunc(), size)
-    return torch.where((op == ROTATE).unsqueeze(1), rotated, torch.stack(sheared, 1))
+def apply_operation(name: str, images: Tensor, v: Tensor) -> Tensor:
+    """One of OPERATIONS on AugMix's scale: levels |v| in [0.1, 10], (B,) on the host.
+
+    posterize keeps 4 - floor(4 |v| / 10) bits, at least one; solarize inverts from
+    256 - floor(256 |v| / 10) on; rotation is by floor(30 |v| / 10) degrees, shear by 0.3 |v| / 10,
+    translation by floor(S / 3 |v| / 10) pixels. The sign of v is the direction of these three.
+    uint8 (B, 3, S, S) -> the same.
+    """
+    size, one, zero = images.shape[2], torch.ones_like(v), torch.zeros_like(v)
+
+    def level(values: Tensor) -> Tensor:
+        return values.int().to(images.device, non_blocking=True)
+
+    if name == "autocontrast":
+        return autocontrast(images)
+    if name == "equalize":
+        return equalize(images)
+    if name == "posterize":
+        return posterize(images, level((4 - (4 * v.abs() / 10).floor()).clamp(min=1)))
+    if name == "solarize":
+        return solarize(images, level(256 - (256 * v.abs() / 10).floor()))
+    if name == "rotate":
+        return affine(images, rotation_matrix((30 * v / 10).trunc(), size))
+    if name == "shear_x":
+        return affine(images, torch.stack([one, 0.3 * v / 10, zero, zero, one, zero], 1))
+    if name == "shear_y":
+        return affine(images, torch.stack([one, zero, zero, 0.3 * v / 10, one, zero], 1))
+    pixels = (size / 3 * v / 10).trunc()
+    if name == "translate_x":
+        return translate(images, level(torch.stack([pixels, zero], 1)))
+    return translate(images, level(torch.stack([zero, pixels], 1)))  # translate_y
 
 
 def augmix(x: Tensor) -> Tensor:
