@@ -114,7 +114,7 @@ def footer(groups: dict[Place, Group]) -> str:
     lines: dict[str, list[str]] = {}
     for (dataset, arch, column), group in groups.items():
         shared, run = group.shared, next(iter(group.seeds.values()))
-        tested = shared["limit"] or run["evaluation"]["test_images"]
+        tested = run["evaluation"]["test_images"]
         seeds = ", ".join(map(str, sorted(evaluations(group, "best"))))
         line = (
             f"{label(dataset)} ({run['ran']['data_source']}, {tested} test images),"
@@ -123,7 +123,7 @@ def footer(groups: dict[Place, Group]) -> str:
         )
         n = f" (n = {shared.get('n')})" if shared["method"] == "magnma" else ""
         lines.setdefault(line, []).append(label(column) + n)
-    return "\n".join(f"{line}: {', '.join(columns)}" for line, columns in lines.items())
+    return "\n".join(f"{line}: {'; '.join(columns)}" for line, columns in lines.items())
 
 
 def columns_of(keys: dict[Place, object]) -> Styles:
@@ -214,7 +214,8 @@ def by_corruption(numbers: dict[Place, Cells]) -> Figure:
 
 
 def by_severity(groups: dict[Place, Group]) -> Figure:
-    """Accuracy by severity (0: clean): mean over all corruptions and over each category's."""
+    """Accuracy by severity (0: clean), with a band of one deviation over seeds: the mean over all
+    corruptions, and over those of each category."""
     figure = Figure(figsize=(7.2, 2.9), layout="constrained")
     panels = {"all 18": CORRUPTIONS} | CATEGORIES
     for ax, (title, names) in zip(figure.subplots(1, 5, sharey=True), panels.items(), strict=True):
@@ -226,7 +227,8 @@ def by_severity(groups: dict[Place, Group]) -> Figure:
             colour, _, marker = columns_of(groups)[column]
             y, deviation = np.mean(curves, axis=0), np.std(curves, axis=0)
             ax.plot(y, f"{marker}-", color=colour, label=label(column), **MARKER)
-            ax.fill_between(range(len(y)), y - deviation, y + deviation, color=colour, alpha=0.2)
+            band = y - deviation, y + deviation
+            ax.fill_between(range(len(y)), *band, color=colour, alpha=0.2, linewidth=0)
         ax.set_xticks(range(6))
         ax.set(title=title, xlabel="severity")
     dataset, arch, _ = next(iter(groups))
@@ -250,7 +252,7 @@ def reliability(groups: dict[Place, Group]) -> Figure:
             share.plot(confidence / count, 100 * count / count.sum(), f"{marker}-", **look)
             ax.set_title(f"{label(dataset)}{'-C' * (kind == 'corrupt')}, {label(arch)}")
         ax.set(xlim=(0, 1.02), ylim=(0, 1.02), ylabel="accuracy")
-        share.set(xlim=(0, 1.02), yscale="log", ylim=(0.005, 150), xlabel="confidence")
+        share.set(xlim=(0, 1.02), yscale="log", ylim=(0.001, 200), xlabel="confidence")
         share.set_ylabel("predictions (%)")
         share.set_yticks((0.01, 1, 100), ("0.01", "1", "100"))
     return figure
@@ -284,7 +286,7 @@ def photograph() -> Tensor:
     """scikit-learn's colour photograph of a flower, cropped and scaled, uint8 (1, 3, 32, 32)."""
     image = Image.fromarray(load_sample_image("flower.jpg")).crop((156, 66, 456, 366))
     pixels = np.array(image.resize((32, 32), Image.Resampling.BOX))
-    return torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous()
 
 
 def picture(ax: Axes, image: np.ndarray, title: str, below: bool = False) -> None:
@@ -411,7 +413,7 @@ def main(argv: list[str] | None = None) -> int:
     name = Path(args.dataset).stem if args.dataset.lower().endswith(".npz") else args.dataset
     datasets, arches = list(dict.fromkeys([name, "cifar100"])), [args.arch]
     three = pick(numbers, datasets, [*arches, "densenet121", "inceptionv3"], few=True)
-    better = "RMS calibration error (%)\nlower is better"
+    better = "RMS calibration error (%)\n(lower is better)"
     plan = {  # name: what it shows by place (None: needs no numbers), and its function
         "figure1": (None, lambda _: branches(photograph())),
         "figure4": (None, lambda _: gallery(photograph())),

@@ -262,7 +262,7 @@ def print_list(groups: list[Group], checkpoint: str, style: str) -> None:
         same_name.setdefault(" ".join(name), []).append(group)
         seeds = " ".join(map(str, sorted(evaluations(group, checkpoint)))) or NOT_RUN
         precision = "/".join(dict.fromkeys((shared["amp"], shared["evaluation_amp"])))
-        tested = shared["limit"] or next(iter(group.seeds.values()))["evaluation"]["test_images"]
+        tested = next(iter(group.seeds.values()))["evaluation"]["test_images"]
         images = f"{shared['train_images']}/{tested}"
         row = [*name, seeds, str(shared["epochs"]), precision, images, shared["corruption_source"]]
         rows.append([*row, *(str(cells.get(metric, NOT_RUN)) for metric in SUMMARY)])
@@ -288,8 +288,7 @@ def print_csv(runs: dict[Path, dict]) -> None:
         recipe, evaluation = run["recipe"], run["evaluation"]
         about = {key: recipe[key] for key in ("dataset", "arch", "method")}
         about |= {"tag": run["tag"], "seed": run["seed"], "run": path.parent}
-        about |= {"corruption_source": evaluation["corruption_source"]}
-        about |= {"test_images": evaluation["limit"] or evaluation["test_images"]}
+        about |= {key: evaluation[key] for key in ("corruption_source", "test_images")}
         for which in ("best", "last"):
             if not run[which]:
                 continue
@@ -381,7 +380,7 @@ def table_notes(placed: dict[Place, list[Group]], checkpoint: str) -> list[str]:
             further.append(f"{whom}, further runs (shown | not shown): {different}; seeds {seeds}")
     texts_of: dict[str, list[str]] = {}
     for text, whom in columns_of.items():
-        who = "all" if len(whom) == len(placed) else ", ".join(whom)
+        who = "all" if len(whom) == len(placed) else "; ".join(whom)
         texts_of.setdefault(who, []).append(text)
     notes = [f"ours: mean ± deviation over seeds of {checkpoint}.pt"]
     notes += [f"{who}: {'; '.join(texts)}" for who, texts in texts_of.items()]

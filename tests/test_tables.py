@@ -245,7 +245,7 @@ def test_table_3_has_ours_the_papers_and_the_difference(tmp_path, capsys):
         "MAGNMA mix: --eval-every 1; --amp bf16; evaluated on the first 2000 test images",
         "mixup: 49000 training images",
         "MAGNMA: 2 of 3 seeds",
-        "MAGNMA noise, MAGNMA mix, magnma-l1_0.7, mixup: 1 of 3 seeds; last.pt not evaluated",
+        "MAGNMA noise; MAGNMA mix; magnma-l1_0.7; mixup: 1 of 3 seeds; last.pt not evaluated",
         "MAGNMA, further runs (shown | not shown): n 5 | 2; seeds 0 1 2",
         "MAGNMA, further runs (shown | not shown): joint False | True; seeds 0",
     ):
@@ -264,7 +264,7 @@ def test_augmixs_nine_operations_are_further_columns_and_rows(tmp_path, capsys):
     ]  # fmt: skip
     assert rows[0][8:] == ["—", "92.00", "91.00", "92.50", "91.50"]
     assert rows[2][8:] == ["—", "-3.47", "-4.14", "—", "—"]
-    assert "- MAGNMA mix, nine, MAGNMA, nine: --operations augmix\n" in text
+    assert "- MAGNMA mix, nine; MAGNMA, nine: --operations augmix\n" in text
     rows, _ = github(capsys, tmp_path, "--table", "5")
     assert [row[:3] for row in rows[-3:]] == [
         ["(0, 5, 0.2, 1), nine", "ours", "92.50"],
