@@ -63,7 +63,7 @@ def gaussian_noise(x: np.ndarray, c: float, draw: Callable) -> np.ndarray:
 
 @functools.cache
 def poisson_table(c: float) -> np.ndarray:
-    """The distribution function of Poisson(c k / 255) at 0, 1, ..., one row for each grey level k, (256, counts)."""
+    """The distribution function of Poisson(c k / 255) at 0, 1, ..., a row per grey level k."""
     counts = np.arange(int(c + 10 * c**0.5) + 20)
     return pdtr(counts, c * np.arange(256)[:, None] / 255)
 
@@ -71,16 +71,15 @@ def poisson_table(c: float) -> np.ndarray:
 def shot_noise(x: np.ndarray, c: float, draw: Callable) -> np.ndarray:
     """Poisson(c x) / c"""
     table = poisson_table(c)
-    # Row k raised by k makes one ascending table: the place of k + u in it is the inverse distribution function.
+    # Row k raised by k makes one ascending table. To find k + u in it inverts the distribution.
     ascending = (table + np.arange(256)[:, None]).ravel()
-    place = ascending.searchsorted(x.reshape(len(x), -1) + draw(3 * PIXELS), side="right").reshape(
-        x.shape
-    )
+    values = x.reshape(len(x), -1) + draw(3 * PIXELS)
+    place = ascending.searchsorted(values, side="right").reshape(x.shape)
     return (place - x.astype(int) * table.shape[1]) / c
 
 
 def impulse_noise(x: np.ndarray, c: float, draw: Callable) -> np.ndarray:
-    """Salt and pepper: each value, channel by channel, is replaced with probability c by 0 or 1 evenly."""
+    """Salt and pepper: each value (a channel of a pixel) becomes 0 or 1 with probability c / 2."""
     u = draw(3 * PIXELS).reshape(x.shape)
     return np.where(u < c, np.where(u < c / 2, 0, 255), x).astype(np.uint8)
 
@@ -96,20 +95,15 @@ def gaussian_blur(x: np.ndarray, c: float, draw: Callable) -> np.ndarray:
 
 
 def glass_blur(x: np.ndarray, c: tuple[float, int, int], draw: Callable) -> np.ndarray:
-    """Blur, let each pixel in turn take the value of one near it, blur: c = (sigma, reach d, passes).
+    """Blur, let each pixel in turn take the value of one near it, blur; c = (sigma, d, passes).
 
     The published code means to swap the two pixels but only copies; so does this.
     """
     sigma, d, passes = c
-    visits = [
-        (h, w)
-        for _ in range(passes)
-        for h in range(SIDE - d, d, -1)
-        for w in range(SIDE - d, d, -1)
-    ]
-    jumps = (draw(2 * len(visits)) * (2 * d)).astype(int).reshape(
-        len(x), len(visits), 2
-    ) - d  # (dy, dx) in {-d..d-1}
+    inside = range(SIDE - d, d, -1)
+    visits = list(itertools.product(inside, inside)) * passes
+    jumps = (draw(2 * len(visits)) * (2 * d)).astype(int) - d  # (dy, dx) in {-d..d-1}
+    jumps = jumps.reshape(len(x), len(visits), 2)
     n = np.arange(len(x))
     pixels = to_uint8(blur(x / 255, sigma)).reshape(len(x), PIXELS, 3).transpose(1, 0, 2).copy()
     sources = (jumps @ [SIDE, 1]).T + [[SIDE * h + w] for h, w in visits]  # (visits, N)
@@ -197,7 +191,7 @@ def contrast(x: np.ndarray, c: float, draw: Callable) -> np.ndarray:
 
 
 def saturate(x: np.ndarray, c: tuple[float, float], draw: Callable) -> np.ndarray:
-    """c0 S + c1 in HSV, clipped: with H and V fixed, the distances of R, G and B to V grow as S does."""
+    """c0 S + c1 in HSV, clipped: with H and V fixed, the distances to V grow as S does."""
     y = x / 255
     v, low = y.max(axis=-1, keepdims=True), y.min(axis=-1, keepdims=True)
     s = (v - low) / np.maximum(v, 1 / 255)
@@ -207,31 +201,30 @@ def saturate(x: np.ndarray, c: tuple[float, float], draw: Callable) -> np.ndarra
 
 
 def elastic_transform(x: np.ndarray, c: tuple[float, float, float], draw: Callable) -> np.ndarray:
-    """A random affine warp, then smooth random displacements; c = (alpha, sigma, affine) in units of 32 pixels."""
+    """A random affine warp, then smooth random displacements.
+
+    c = (alpha, sigma, affine) in units of 32 pixels.
+    """
     alpha, sigma, affine = SIDE * np.array(c)
     u = 2 * draw(6 + 2 * PIXELS) - 1
     points = np.array([[26.0, 26.0], [26.0, 6.0], [6.0, 6.0]])  # (column, row)
     moved = points + affine * u[:, :6].reshape(-1, 3, 2)
-    back = np.linalg.solve(
-        np.concatenate([moved, np.ones((len(x), 3, 1))], axis=2), points[None]
-    )  # (N, 3, 2)
+    moved = np.concatenate([moved, np.ones((len(x), 3, 1))], axis=2)
+    back = np.linalg.solve(moved, points[None])  # (N, 3, 2)
     (a, d), (b, e), (c, f) = back.transpose(1, 2, 0)[..., None, None]
     column, row = np.arange(SIDE), np.arange(SIDE)[:, None]
     y = bilinear(x / 255, d * column + e * row + f, a * column + b * row + c, repeat_edge=False)
     fields = u[:, 6:].reshape(-1, 2, SIDE, SIDE)
-    dx, dy = alpha * gaussian_filter(
-        fields, (0, 0, sigma, sigma), mode="reflect", truncate=3
-    ).transpose(1, 0, 2, 3)
+    smooth = gaussian_filter(fields, (0, 0, sigma, sigma), mode="reflect", truncate=3)
+    dx, dy = alpha * smooth.transpose(1, 0, 2, 3)
     return bilinear(y, row + dy, column + dx, repeat_edge=True)
 
 
 def pixelate(x: np.ndarray, c: float, draw: Callable) -> np.ndarray:
     """Pillow's BOX resize to int(32 c) and back."""
-    small = (int(SIDE * c),) * 2
     box = Image.Resampling.BOX
-    return np.stack(
-        [Image.fromarray(image).resize(small, box).resize((SIDE, SIDE), box) for image in x]
-    )
+    small = [Image.fromarray(image).resize((int(SIDE * c),) * 2, box) for image in x]
+    return np.stack([image.resize((SIDE, SIDE), box) for image in small])
 
 
 def jpeg_compression(x: np.ndarray, c: int, draw: Callable) -> np.ndarray:
@@ -244,7 +237,10 @@ def jpeg_compression(x: np.ndarray, c: int, draw: Callable) -> np.ndarray:
 
 
 def spatter(x: np.ndarray, c: tuple[float, ...], draw: Callable) -> np.ndarray:
-    """Drops of water or mud; c = (mean, deviation, sigma, threshold, strength of water or sigma of mud, mud?)."""
+    """Drops of water or mud.
+
+    c = (mean, deviation, sigma, threshold, strength of water or sigma of mud, 0 water or 1 mud).
+    """
     liquid = blur((c[0] + c[1] * normal(draw(PIXELS))).reshape(-1, SIDE, SIDE), c[2])
     liquid[liquid < c[3]] = 0
     if c[5]:
@@ -253,17 +249,14 @@ def spatter(x: np.ndarray, c: tuple[float, ...], draw: Callable) -> np.ndarray:
         return x / 255 * (1 - m) + m * (np.array([63, 42, 20]) / 255)
     liquid = (liquid * 255).astype(np.int64).astype(np.uint8)  # wraps above 255, as published
     m = liquid.astype(np.float64)
+    emboss = np.array([[-2, -1, 0], [-1, 1, 1], [0, 1, 2]])
     for n, drops in enumerate(liquid):  # shaded by the distance to their outlines
         distance = cv2.distanceTransform(255 - cv2.Canny(drops, 50, 150), cv2.DIST_L2, 5)
         distance = cv2.equalizeHist(cv2.blur(np.minimum(distance, 20), (3, 3)).astype(np.uint8))
-        m[n] *= cv2.blur(
-            cv2.filter2D(distance, cv2.CV_8U, np.array([[-2, -1, 0], [-1, 1, 1], [0, 1, 2]])),
-            (3, 3),
-        )
+        m[n] *= cv2.blur(cv2.filter2D(distance, cv2.CV_8U, emboss), (3, 3))
     m *= c[4] / np.maximum(m.max(axis=(1, 2), keepdims=True), 1)
-    turquoise = (
-        np.array([175, 238, 238]) / 255
-    )  # meant as B, G, R and added to R, G, B: the published slip is kept
+    # Meant as B, G, R and added to R, G, B: the published slip is kept.
+    turquoise = np.array([175, 238, 238]) / 255
     return x / 255 + m[..., None] * turquoise
 
 
@@ -278,15 +271,18 @@ SEVERITIES = {  # function: its constants at severity 1 to 5
     motion_blur: ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5)),
     zoom_blur: (1.06, 1.11, 1.16, 1.21, 1.26),
     snow: (
-        (0.1, 0.2, 1, 0.6, 8, 3, 0.95), (0.1, 0.2, 1, 0.5, 10, 4, 0.9), (0.15, 0.3, 1.75, 0.55, 10, 4, 0.9),
-        (0.25, 0.3, 2.25, 0.6, 12, 6, 0.85), (0.3, 0.3, 1.25, 0.65, 14, 12, 0.8),
+        (0.1, 0.2, 1, 0.6, 8, 3, 0.95), (0.1, 0.2, 1, 0.5, 10, 4, 0.9),
+        (0.15, 0.3, 1.75, 0.55, 10, 4, 0.9), (0.25, 0.3, 2.25, 0.6, 12, 6, 0.85),
+        (0.3, 0.3, 1.25, 0.65, 14, 12, 0.8),
     ),
     frost: ((1, 0.2), (1, 0.3), (0.9, 0.4), (0.85, 0.4), (0.75, 0.45)),
     fog: ((0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75)),
     brightness: (0.05, 0.1, 0.15, 0.2, 0.3),
     contrast: (0.75, 0.5, 0.4, 0.3, 0.15),
     saturate: ((0.3, 0), (0.1, 0), (1.5, 0), (2, 0.1), (2.5, 0.2)),
-    elastic_transform: ((0, 0, 0.08), (0.05, 0.2, 0.07), (0.08, 0.06, 0.06), (0.1, 0.04, 0.05), (0.1, 0.03, 0.03)),
+    elastic_transform: (
+        (0, 0, 0.08), (0.05, 0.2, 0.07), (0.08, 0.06, 0.06), (0.1, 0.04, 0.05), (0.1, 0.03, 0.03),
+    ),
     pixelate: (0.95, 0.9, 0.85, 0.75, 0.65),
     jpeg_compression: (80, 65, 58, 50, 40),
     spatter: (
@@ -297,10 +293,11 @@ SEVERITIES = {  # function: its constants at severity 1 to 5
 
 
 def uniform(seed: int, name: str, severity: int, first: int, count: int, k: int) -> np.ndarray:
-    """k uniform numbers in [0, 1) for each of the images first, ..., first + count - 1, float64 (count, k).
+    """k uniform numbers in [0, 1) for each image first, ..., first + count - 1; float64 (count, k).
 
-    Philox is a function of (key, counter) giving four numbers a count: the key comes from (seed, name, severity), and
-    each image owns ceil(k / 4) counts, so its numbers do not depend on which images are drawn together.
+    Philox is a function of (key, counter) that gives four numbers per count. The key comes from
+    (seed, name, severity), and each image owns ceil(k / 4) counts, so its numbers do not depend on
+    the other images.
     """
     key = np.random.SeedSequence([severity, *name.encode(), seed]).generate_state(2, np.uint64)
     counts = -(-k // 4)
@@ -313,12 +310,13 @@ def corrupt(
 ) -> np.ndarray:
     """Corrupt images as CIFAR-C does, uint8 (N, 32, 32, 3) RGB to the same.
 
-    Image i's draws depend on (seed, name, severity, first_index + i) alone: no chunk, process or restart changes a
-    pixel. Raises ValueError for another shape or dtype, an unknown name or severity, or frost without photographs.
+    Image i's draws depend on (seed, name, severity, first_index + i) alone, not on the chunk or
+    process. Raises ValueError for another shape or dtype, an unknown name or severity, and
+    UserError for frost without its photographs.
     """
     functions = {function.__name__: function for function in SEVERITIES}
     if name not in functions:
-        raise ValueError(f"unknown corruption {name!r}; choose from {', '.join(functions)}")
+        raise ValueError(f"unknown corruption {name!r}. Use one of {', '.join(functions)}")
     if severity not in range(1, 6):
         raise ValueError(f"severity {severity!r} is not one of 1, 2, 3, 4, 5")
     if images.dtype != np.uint8 or images.shape[1:] != (SIDE, SIDE, 3):
@@ -343,42 +341,44 @@ def frost_photographs() -> list[np.ndarray]:
     They are data files of the package imagecorruptions, whose code is never imported.
     Raises UserError without them.
     """
+    names = ("frost1.png", "frost2.png", "frost3.png", "frost4.jpg", "frost5.jpg")
     try:
         package = importlib.metadata.distribution("imagecorruptions")
-        names = ("frost1.png", "frost2.png", "frost3.png", "frost4.jpg", "frost5.jpg")
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    else:
         files = [Path(package.locate_file(f"imagecorruptions/frost/{name}")) for name in names]
-        encoded = [np.frombuffer(file.read_bytes(), np.uint8) for file in files]
-    except (importlib.metadata.PackageNotFoundError, OSError):
+    photographs = [cv2.imread(str(file)) for file in files if file.is_file()]
+    if len(photographs) < len(names) or any(image is None for image in photographs):
         from utils import UserError
 
         raise UserError(
-            "frost needs photographs: python -m pip install --no-deps imagecorruptions==1.1.2"
-            " --force-reinstall"
-        ) from None
-    photographs = [cv2.imdecode(content, cv2.IMREAD_COLOR) for content in encoded]
+            "frost needs photographs:"
+            " python -m pip install --no-deps imagecorruptions==1.1.2 --force-reinstall"
+        )
     return [cv2.resize(image, (0, 0), fx=0.2, fy=0.2)[..., ::-1] for image in photographs]
 
 
 def to_uint8(y: np.ndarray) -> np.ndarray:
-    """Clip floats to [0, 1], scale by 255 and truncate (not round), as the published sets were written."""
+    """Clip floats to [0, 1], scale by 255 and truncate (not round), as published."""
     return (np.clip(y, 0, 1) * 255).astype(np.uint8)
 
 
 def normal(u: np.ndarray) -> np.ndarray:
-    """Standard normal numbers from uniform ones in [0, 1), one for one, by the inverse of the distribution function."""
+    """Standard normal numbers from uniform ones in [0, 1), by the inverse distribution function."""
     return ndtri(np.maximum(u, 2.0**-54))
 
 
 def blur(x: np.ndarray, sigma: float) -> np.ndarray:
-    """Gaussian blur of (N, 32, 32, ...) along both image axes; nearest border, truncated at 4 sigma."""
+    """Gaussian blur of (N, 32, 32, ...); nearest border, truncated at 4 sigma."""
     return gaussian_filter(x, (0, sigma, sigma) + (0,) * (x.ndim - 3), mode="nearest", truncate=4)
 
 
 def motion(x: np.ndarray, radius: int, sigma: float, degrees: np.ndarray) -> np.ndarray:
-    """ImageMagick's motion blur of uint8 (N, 32, 32, C) at angles (N,), rounded to uint8 as ImageMagick does.
+    """ImageMagick's motion blur of uint8 (N, 32, 32, C) at angles (N,), rounded to uint8.
 
-    2 radius + 1 taps of weight exp(-i^2 / (2 sigma^2)), one-sided: tap i reads the pixel displaced by
-    (ceil(i cos a - 1/2) columns, ceil(i sin a - 1/2) rows), clamped to the image.
+    2 radius + 1 taps of weight exp(-i^2 / (2 sigma^2)), one-sided: tap i reads the pixel displaced
+    by (ceil(i cos a - 1/2) columns, ceil(i sin a - 1/2) rows), clamped to the image.
     """
     taps = np.arange(2 * radius + 1)
     weights = np.exp(-(taps**2) / (2 * sigma**2))
@@ -387,9 +387,8 @@ def motion(x: np.ndarray, radius: int, sigma: float, degrees: np.ndarray) -> np.
     margin = 2 * radius
     columns = np.ceil(taps * np.cos(a) - 0.5).astype(int) + margin
     rows = np.ceil(taps * np.sin(a) - 0.5).astype(int) + margin
-    padded = np.pad(x, ((0, 0), (margin, margin), (margin, margin), (0, 0)), "edge").astype(
-        np.float32
-    )
+    border = ((0, 0), (margin, margin), (margin, margin), (0, 0))
+    padded = np.pad(x, border, "edge").astype(np.float32)
     y = np.zeros(x.shape, np.float32)
     for n in range(len(x)):
         for weight, row, column in zip(weights, rows[n], columns[n], strict=True):
@@ -399,9 +398,10 @@ def motion(x: np.ndarray, radius: int, sigma: float, degrees: np.ndarray) -> np.
 
 @functools.cache
 def zoom_matrix(factor: float) -> sparse.csr_array:
-    """The centre crop to ceil(32 / factor) pixels and linear zoom back, (1024, 1024) on flattened images.
+    """Centre crop to ceil(32 / factor) pixels and linear zoom back, (1024, 1024).
 
-    As scipy.ndimage.zoom(order=1): round(crop * factor) places from the crop's first pixel to its last, trimmed to 32.
+    As scipy.ndimage.zoom(order=1): round(crop * factor) places from the crop's first pixel to its
+    last, trimmed to 32.
     """
     crop = int(np.ceil(SIDE / factor))
     size = round(crop * factor)
@@ -452,15 +452,12 @@ def plasma(u: np.ndarray, decay: float) -> np.ndarray:
         noise, u = np.split(u, [3 * cells**2], axis=1)
         noise = wibble * wibble * (2 * noise.reshape(-1, 3, cells, cells) - 1)
         corners, centres = p[:, ::step, ::step], p[:, half::step, half::step]
-        across, down = (
-            corners + np.roll(corners, -1, axis=2),
-            corners + np.roll(corners, -1, axis=1),
-        )
+        across = corners + np.roll(corners, -1, axis=2)
+        down = corners + np.roll(corners, -1, axis=1)
         centres[:] = (across + np.roll(across, -1, axis=1)) / 4 + noise[:, 0]
-        p[:, ::step, half::step] = (across + centres + np.roll(centres, 1, axis=1)) / 4 + noise[
-            :, 1
-        ]
-        p[:, half::step, ::step] = (down + centres + np.roll(centres, 1, axis=2)) / 4 + noise[:, 2]
+        right = (across + centres + np.roll(centres, 1, axis=1)) / 4 + noise[:, 1]
+        below = (down + centres + np.roll(centres, 1, axis=2)) / 4 + noise[:, 2]
+        p[:, ::step, half::step], p[:, half::step, ::step] = right, below
         wibble /= decay
     p -= p.min(axis=(1, 2), keepdims=True)
     return p / p.max(axis=(1, 2), keepdims=True)
@@ -517,8 +514,8 @@ def generate(
                 tqdm.write(f"{name}: done")
     except BrokenProcessPool:
         raise UserError(
-            "a worker process was killed (too little memory?). The same command resumes; "
-            "with a smaller --workers it needs less memory"
+            "a worker process was killed (too little memory?). The same command resumes;"
+            " with a smaller --workers it needs less memory"
         ) from None
     return len(names)
 
@@ -543,8 +540,8 @@ def download(folder: Path, url: str, md5: str) -> None:
             (unpacked / folder.name).rename(folder)  # so the new folder is complete at once
     except Exception as error:  # network, disk and archive can raise nearly anything
         raise UserError(
-            f"downloading {url} failed ({error}). Try again, or fetch it by hand to {archive} (it is"
-            " unpacked and removed), or make the set here, without --download"
+            f"downloading {url} failed ({error}). Try again, or fetch it by hand to {archive}"
+            " (it is unpacked and removed), or make a set here, without --download"
         ) from error
     finally:
         shutil.rmtree(unpacked, ignore_errors=True)
@@ -556,7 +553,7 @@ def main(argv: list[str] | None = None) -> None:
     from utils import Parser, number
 
     parser = Parser(
-        description="Make a CIFAR-C folder: the test images under 19 corruptions at five severities."
+        description="Make a CIFAR-C folder: the test images under 19 corruptions, five severities."
     )
     add = parser.add_argument
     add(
@@ -564,8 +561,12 @@ def main(argv: list[str] | None = None) -> None:
     )
     add("--data", type=Path, default=Path("data"), help="folder of the data sets")
     add("--seed", type=number(int, low=0), default=0, help="seed of all random draws")
-    add("--workers", type=number(int, low=1), default=joblib.cpu_count(),
-        help="processes, by default one per available core; pixels do not depend on it")  # fmt: skip
+    add(
+        "--workers",
+        type=number(int, low=1),
+        default=joblib.cpu_count(),
+        help="processes, by default one per available core; pixels do not depend on it",
+    )
     add("--download", action="store_true", help="fetch the official set (2.9 GB) if none exists")
     args = parser.parse_args(argv)
     if args.download and args.dataset not in OFFICIAL:
