@@ -392,8 +392,11 @@ def start_processes(args: argparse.Namespace, device: torch.device) -> tuple[int
     """(rank, world) of this process, (0, 1) unless torchrun started it."""
     if "RANK" not in os.environ:
         return 0, 1
-    if "MASTER_ADDR" not in os.environ:
-        raise UserError("RANK is set but MASTER_ADDR is not. Start with torchrun, or unset RANK")
+    unset = [n for n in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ]
+    if unset:
+        raise UserError(
+            f"RANK is set, but not {', '.join(unset)}. Start with torchrun, or unset RANK"
+        )
     if ":" in args.device:
         raise UserError(
             f"--device {args.device} is for one process. With torchrun use --device cuda"

@@ -180,8 +180,6 @@ def test_wrong_flags_are_a_usage_line_and_a_line(flags, message, capsys):
 
 
 def test_the_learning_rate_falls_every_third_of_the_epochs():
-    rates = [train.learning_rate(0.1, t, 150) for t in range(150)]
-    assert rates == pytest.approx([0.1] * 50 + [0.01] * 50 + [0.001] * 50)
     rates = [train.learning_rate(1, t, 20) for t in range(20)]
     assert rates == pytest.approx([1] * 7 + [0.1] * 7 + [0.01] * 6)
 
@@ -193,9 +191,8 @@ def test_the_learning_rate_falls_every_third_of_the_epochs():
 def recipe_of(place):
     """The recipe of flags on tiny.npz, by one process."""
     dataset = load_dataset("data/tiny.npz", "")
-    return lambda flags, amp="off": train.recipe_of(
-        train.parse_args(flags.split()), dataset, amp, 1
-    )
+    parse = lambda flags: train.parse_args(flags.split())  # noqa: E731
+    return lambda flags, amp="off": train.recipe_of(parse(flags), dataset, amp, 1)
 
 
 @pytest.mark.parametrize(
@@ -238,8 +235,7 @@ def test_a_recipe_holds_the_hyperparameters_of_its_method_alone(recipe_of, metho
 )  # fmt: skip
 def test_departures_are_what_is_unlike_the_paper(recipe_of, flags, departures):
     assert train.departures_of(recipe_of(flags)) == departures
-    mixed = train.departures_of(recipe_of(flags, "bf16"))
-    assert mixed == departures | {"amp": "bf16"}
+    assert train.departures_of(recipe_of(flags, "bf16")) == departures | {"amp": "bf16"}
 
 
 # Algorithm 1
@@ -344,9 +340,7 @@ def test_what_a_run_writes(run, monkeypatch):
     assert config["ran"].keys() - ran.keys() == {"device", "versions", "commit"}
 
 
-def test_checkpoints_are_written_when_tested_and_after_a_minute_the_best_one_first(
-    run, monkeypatch
-):
+def test_checkpoints_are_written_when_tested_or_a_minute_old_best_first(run, monkeypatch):
     clock, written, preprocess, save = [0.0], [], train.preprocess, utils.save_checkpoint
 
     def slow(X, hflip):  # an epoch takes 25 s
@@ -354,20 +348,18 @@ def test_checkpoints_are_written_when_tested_and_after_a_minute_the_best_one_fir
         return preprocess(X, hflip)
 
     def spy(path, content):
-        written.append((path.name, content["epoch"]))
+        written.append((path.stem, content["epoch"]))
         save(path, content)
 
     monkeypatch.setattr(utils, "save_checkpoint", spy)
     monkeypatch.setattr(train, "accuracy", lambda run: len(run.log) / 100)
-    run("--epochs", 12, "--eval-every", 8)
-    epochs = (1, 8, 12)
-    assert written == [(name, epoch) for epoch in epochs for name in ("best.pt", "last.pt")]
-    written.clear()
     monkeypatch.setattr(train, "preprocess", slow)
     monkeypatch.setattr(train, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
-    folder = run("--epochs", 12, "--eval-every", 8, out="slow")
-    assert [epoch for name, epoch in written if name == "last.pt"] == [1, 4, 7, 8, 11, 12]
-    assert [epoch for name, epoch in written if name == "best.pt"] == [1, 8, 12]
+    folder = run("--epochs", 12, "--eval-every", 8)
+    assert written == [
+        ("best", 1), ("last", 1), ("last", 4), ("last", 7), ("best", 8), ("last", 8), ("last", 11),
+        ("best", 12), ("last", 12),
+    ]  # fmt: skip
     assert float(rows(folder)[0]["seconds"]) == 25
 
 
@@ -459,9 +451,7 @@ def kill_after_a_checkpoint(processes, folder, rng):
     ("world", "kills", "flags"),
     [(1, 3, "--method magnma --n 1 --epochs 12"), (2, 1, "--method at --pgd-steps 2 --epochs 8")],
 )
-def test_a_run_killed_at_random_moments_and_resumed_is_the_undisturbed_one(
-    start, tmp_path, world, kills, flags
-):
+def test_a_run_killed_at_random_moments_ends_bit_for_bit(start, tmp_path, world, kills, flags):
     flags, rng, done = (*flags.split(), "--eval-every", "2", "--resume"), random.Random(0), 0
     undisturbed, folder = start(tmp_path / "undisturbed", *flags, world=world), tmp_path / "run"
     for _ in range(5 * kills):
@@ -490,12 +480,9 @@ def test_two_processes_are_the_plain_loop_over_their_shares(start, home, tmp_pat
 
 
 @pytest.mark.parametrize("file", ["best.pt", "last.pt", "log.csv"])
-def test_a_disk_that_fills_between_the_files_of_an_epoch_changes_nothing(
-    run, refused, monkeypatch, file
-):
+def test_a_disk_that_fills_between_two_files_changes_nothing(run, refused, monkeypatch, file):
     flags = ("--epochs", 3, "--eval-every", 1)
-    second = lambda run: float(run.f.bn.num_batches_tracked == 8)  # noqa: E731 - the best epoch
-    monkeypatch.setattr(train, "accuracy", second)
+    monkeypatch.setattr(train, "accuracy", lambda run: float(len(run.log) == 1))  # 2 is the best
     undisturbed, atomic_write = run(*flags, out="undisturbed"), utils.atomic_write
 
     def full(path):
@@ -661,22 +648,26 @@ def test_sizes_and_precision_that_do_not_fit(refused, monkeypatch):
     assert "--subset 71: tiny has 70 training images" in refused("--subset", 71)
     assert "--amp fp16 is for GPUs" in refused("--amp", "fp16")
     monkeypatch.setenv("RANK", "0")
-    monkeypatch.delenv("MASTER_ADDR", raising=False)
-    assert "RANK is set but MASTER_ADDR is not. Start with torchrun, or unset RANK" in refused()
+    monkeypatch.setenv("MASTER_PORT", "1")
+    line = "RANK is set, but not WORLD_SIZE, MASTER_ADDR. Start with torchrun, or unset RANK"
+    assert line in refused()
     assert not Path("run").exists()
 
 
 def test_nccl_gets_the_device(monkeypatch):
     calls = []
-    spy = lambda backend, **options: calls.append((backend, options["device_id"]))  # noqa: E731
-    monkeypatch.setattr(torch.distributed, "init_process_group", spy)
+    monkeypatch.setattr(
+        torch.distributed,
+        "init_process_group",
+        lambda backend, **options: calls.append((backend, options["device_id"])),
+    )
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     gpu, cpu, args = torch.device("cuda", 1), torch.device("cpu"), train.parse_args([])
     monkeypatch.delenv("RANK", raising=False)
     assert train.start_processes(args, gpu) == (0, 1)
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "1")
     assert [train.start_processes(args, device) for device in (gpu, cpu)] == [(1, 2), (1, 2)]
     assert calls == [("nccl", gpu), ("gloo", None)]
     args = train.parse_args(["--device", "cuda:1"])
