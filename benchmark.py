@@ -1,11 +1,12 @@
-"""How fast this program is on this machine: one table and one JSON, in about four minutes.
+"""How fast this project is on this machine, in about three minutes on a CPU.
 
-    python benchmark.py                      # results/benchmark-cpu.json, or benchmark-<name of the GPU>.json
+    python benchmark.py        # writes results/benchmark-cpu.json, or benchmark-<GPU>.json
 
-Times are medians by torch.utils.benchmark, on random pixels; what is compared is timed in turns, so that whatever else
-the machine does falls on all of it. What was not measured reads "not run", null in the JSON. Augmentation is compared
-with its usual form, one image at a time by Pillow and torchvision as in AugMix's own code, with one thread each. A step
-is train.py's, with its images' preprocessing, which is made once an epoch there. A pass is one image going forward.
+Augmentation is compared with its usual form: Pillow and torchvision on one image at a time, one
+thread each. A training step is that of train.py in its default setting, with the preprocessing of
+its images; on a GPU with the networks of the README's cost table. Times are medians on random
+pixels. Competing versions are timed alternately, so background load affects both. The last line
+printed has what others need to know: please send it in as an issue if you ran this on a GPU.
 """
 
 import os
@@ -14,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from statistics import median
 
 import cv2
@@ -26,29 +28,36 @@ from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 import utils
-from augment import DEGREES, JITTER, OPERATIONS, PADDING, A, augmix, gaussian_noise, mixed_augmentation, preprocess
+from augment import (
+    DEGREES,
+    JITTER,
+    OPERATIONS,
+    PADDING,
+    A,
+    augmix,
+    gaussian_noise,
+    mixed_augmentation,
+    preprocess,
+)
 from corruptions import SEVERITIES, corrupt
 from evaluate import predict
 from losses import METHODS
 from models import build_model, recompute
+from utils import UserError, torchvision
 
-torchvision = utils.import_torchvision()
 transforms, to_tensor = torchvision.transforms, torchvision.transforms.functional.to_tensor
 
-N = 5
-HPARAMS = {  # train.py's defaults
-    "lambda1": 0.2, "lambda2": 0.3, "sigma_max": 0.2, "beta": 1.0, "n": N, "epsilon": 8 / 255, "pgd_steps": 7,
-    "pgd_step_size": 2.5 * 8 / 255 / 7, "trades_lambda": 3.0, "rse_sigma": 0.1, "jsd_lambda": 12.0,
-}  # fmt: skip
-NOISY, MIXED = partial(gaussian_noise, sigma_max=0.2), partial(mixed_augmentation, beta=1.0)
-COPIES = {  # what a method makes of the preprocessed images before its first pass
-    "standard": (), "at": (), "trades": (), "rse": (NOISY,), "gn": (NOISY,), "augmix": (augmix,) * 2,
-    "magnma": (NOISY,) * N + (MIXED,) * N,
-}  # fmt: skip
-RUNS = (("resnet18", False), ("resnet18", True), ("densenet121", True), ("inceptionv3", True))  # True: --recompute
-COLUMNS = ("usual, one core", "ours, one core", "ratio", "cpu images/s", "cuda images/s", "passes/s", "% of matmul",
-           "% augmentation", "cuda MiB", "hours")  # fmt: skip
-NOT_RUN = dict.fromkeys(COLUMNS[3:])
+N, SIGMA_MAX = (METHODS["magnma"].defaults[name] for name in ("n", "sigma_max"))
+RUNS = (  # network, method, whether train.py recomputes it by default
+    *(("resnet18", method, False) for method in METHODS),
+    ("densenet121", "standard", False),
+    ("densenet121", "augmix", True),
+    ("densenet121", "magnma", True),
+    ("inceptionv3", "standard", False),
+    ("inceptionv3", "augmix", True),
+    ("inceptionv3", "magnma", True),
+)
+EPOCHS, IMAGES = 150, 50_000  # of the hours: the paper's run on CIFAR
 
 
 # Augmentation, the usual way
@@ -60,16 +69,24 @@ USUAL_PREPROCESSING = transforms.Compose([
 
 
 def usual_operation(picture: Image.Image, name: str, v: float) -> Image.Image:
-    """One of augment.OPERATIONS by Pillow, |v| in [0.1, 10] on AugMix's scale and its sign the direction."""
+    """One of augment.OPERATIONS by Pillow; |v| in [0.1, 10] on AugMix's scale, signed."""
+    level, shear, pixels = abs(v) / 10, 0.3 * v / 10, int(picture.width / 3 * v / 10)
+    if name == "posterize":
+        return ImageOps.posterize(picture, 4 - int(4 * level))
+    if name == "solarize":
+        return ImageOps.solarize(picture, 256 - int(256 * level))
     if name in A:
-        level = {"posterize": [4 - int(4 * abs(v) / 10)], "solarize": [256 - int(256 * abs(v) / 10)]}.get(name, [])
-        return getattr(ImageOps, name)(picture, *level)
+        return getattr(ImageOps, name)(picture)
     if name == "rotate":
         return picture.rotate(int(30 * v / 10), Image.Resampling.BILINEAR)
-    shear, pixels = 0.3 * v / 10, int(picture.width / 3 * v / 10)
-    matrix = {"shear_x": (1, shear, 0, 0, 1, 0), "shear_y": (1, 0, 0, shear, 1, 0),
-              "translate_x": (1, 0, pixels, 0, 1, 0), "translate_y": (1, 0, 0, 0, 1, pixels)}[name]  # fmt: skip
-    return picture.transform(picture.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
+    matrix = {
+        "shear_x": (1, shear, 0, 0, 1, 0),
+        "shear_y": (1, 0, 0, shear, 1, 0),
+        "translate_x": (1, 0, pixels, 0, 1, 0),
+        "translate_y": (1, 0, 0, 0, 1, pixels),
+    }[name]
+    affine, bilinear = Image.Transform.AFFINE, Image.Resampling.BILINEAR
+    return picture.transform(picture.size, affine, matrix, bilinear)
 
 
 def usual_augmix(picture: Image.Image, x: Tensor, rng: np.random.Generator) -> Tensor:
@@ -78,154 +95,200 @@ def usual_augmix(picture: Image.Image, x: Tensor, rng: np.random.Generator) -> T
     for w in rng.dirichlet([1, 1, 1]):
         chain = picture
         for _ in range(rng.integers(1, 4)):
-            v = rng.uniform(0.1, u) * (1 if rng.random() < 0.5 else -1)
+            v = rng.uniform(0.1, u) * rng.choice([-1, 1])
             chain = usual_operation(chain, OPERATIONS[rng.integers(len(OPERATIONS))], v)
         mixed += float(w) * to_tensor(chain)
     return (1 - m) * x + m * mixed
 
 
 def usual(method: str, array: np.ndarray, rng: np.random.Generator) -> list[Tensor]:
-    """`ours` of one image, uint8 (32, 32, 3), with the same distributions; standard, augmix and magnma."""
+    """`ours` of one image, uint8 (32, 32, 3); for the methods standard, augmix and magnma."""
     picture = USUAL_PREPROCESSING(Image.fromarray(array))
     x = to_tensor(picture)
-    made = [x]
+    copies = [x]
     if method == "augmix":
-        made += [usual_augmix(picture, x, rng) for _ in range(2)]
+        copies += [usual_augmix(picture, x, rng) for _ in range(2)]
     for _ in range(N if method == "magnma" else 0):
         w, v = rng.random(), rng.uniform(0.1, rng.integers(1, 11))  # Beta(1, 1) is uniform
-        made.append(x + 0.2 * rng.random() * torch.randn_like(x))
-        made.append(w * x + (1 - w) * to_tensor(usual_operation(picture, A[rng.integers(len(A))], v)))
-    return made
+        transformed = to_tensor(usual_operation(picture, A[rng.integers(len(A))], v))
+        copies.append(x + SIGMA_MAX * rng.random() * torch.randn_like(x))
+        copies.append(w * x + (1 - w) * transformed)
+    return copies
+
+
+def ours(method: str, u8: Tensor) -> list[Tensor]:
+    """What a step's passes see of its images, uint8 (B, 3, 32, 32): x, then its copies."""
+    x = preprocess(u8, True).float() / 255
+    if method == "augmix":
+        return [x, augmix(x), augmix(x)]
+    if method == "magnma":
+        noisy = [gaussian_noise(x, SIGMA_MAX) for _ in range(N)]
+        return [x, *noisy, *(mixed_augmentation(x, 1.0) for _ in range(N))]
+    return [x]
 
 
 # Measuring
 
 
-def ours(method: str, u8: Tensor) -> list[Tensor]:
-    """What a step needs of its images, uint8 (B, 3, 32, 32): preprocessed, then the copies; (B, 3, 32, 32) each."""
-    x = preprocess(u8, True).float() / 255
-    return [x, *(make(x) for make in COPIES[method])]
-
-
-def interleaved(functions: dict[str, Callable], seconds: float, threads: int = 1) -> dict[str, list[float]]:
-    """Seconds of a call of each function, a median a round (Timer warms up first); at least one round."""
-    timers = {name: Timer("f()", globals={"f": f}, num_threads=threads) for name, f in functions.items()}
+def seconds_of(
+    functions: dict[str, Callable], seconds: float, threads: int
+) -> dict[str, list[float]]:
+    """Call the functions in turn for about `seconds`; each one's median time, one per round."""
+    timers = {
+        name: Timer("f()", globals={"f": f}, num_threads=threads) for name, f in functions.items()
+    }
     taken, end = {name: [] for name in functions}, time.monotonic() + seconds
-    while True:
+    while not all(taken.values()) or time.monotonic() < end:
         for name, timer in timers.items():
-            taken[name].append(timer.blocked_autorange(min_run_time=seconds / 5 / len(timers)).median)
-        if time.monotonic() >= end:
-            return taken
+            run = timer.blocked_autorange(min_run_time=seconds / 5 / len(timers))
+            taken[name].append(run.median)
+    return taken
 
 
-def augmentation(images: Tensor, u8: Tensor, seconds: float) -> list[dict]:
-    """Images a second; images uint8 (N, 3, 32, 32) on the CPU, u8 a batch of them on the GPU if there is one."""
-    arrays, rng, rows = list(images.permute(0, 2, 3, 1).numpy()), np.random.default_rng(0), []
-    batches = {"ours": images, "gpu": u8} if u8.is_cuda else {"ours": images}
-    for method, what in (("standard", "preprocessing"), ("augmix", "and AugMix"), ("magnma", f"and MAGNMA, n = {N}")):
-        functions = {"usual": lambda m=method: [usual(m, array, rng) for array in arrays]}
-        functions |= {name: partial(ours, method, batch) for name, batch in batches.items()}
-        taken = interleaved(functions, seconds / 3)
-        rows.append({
-            "what": what, "usual, one core": len(images) / median(taken["usual"]),
-            "ours, one core": len(images) / median(taken["ours"]),
-            "ratio": median(u / o for u, o in zip(taken["usual"], taken["ours"], strict=True)),
-            "cuda images/s": len(u8) / median(taken["gpu"]) if u8.is_cuda else None,
-        })  # fmt: skip
-    return rows
+def augmentation(method: str, images: Tensor, u8: Tensor, seconds: float) -> dict[str, object]:
+    """Images per second, of images uint8 (N, 3, 32, 32) on the CPU and of a GPU's batch u8."""
+    arrays, rng = list(images.permute(0, 2, 3, 1).numpy()), np.random.default_rng(0)
+    functions = {
+        "usual": lambda: [usual(method, array, rng) for array in arrays],
+        "ours": partial(ours, method, images),
+    }
+    if u8.is_cuda:
+        functions["gpu"] = partial(ours, method, u8)
+    taken = seconds_of(functions, seconds, threads=1)
+    row = {
+        "images for": method,
+        "Pillow, images/s": len(images) / median(taken["usual"]),
+        "ours, images/s": len(images) / median(taken["ours"]),
+        "ratio": median(a / b for a, b in zip(taken["usual"], taken["ours"], strict=True)),
+    }
+    return row | ({"GPU, images/s": len(u8) / median(taken["gpu"])} if u8.is_cuda else {})
 
 
 def cost(arch: str, method: str) -> tuple[int, int]:
-    """(passes, floating-point operations of convolutions and matrix products) in a step of one image, unrecomputed."""
-    f, passes = build_model(arch, 10), []
+    """(passes, floating-point operations) of a step for one image, without recomputation."""
+    passes = []
+    with torch.device("meta"):
+        f, x, y = build_model(arch, 10), torch.rand(1, 3, 32, 32), torch.zeros(1).long()
     f.register_forward_pre_hook(lambda _, inputs: passes.append(len(inputs[0])))
     with FlopCounterMode(display=False) as counter:
-        METHODS[method](f, torch.rand(1, 3, 32, 32), torch.zeros(1, dtype=torch.long), HPARAMS)[0].backward()
+        METHODS[method](f, x, y, {})[0].backward()
     return sum(passes), counter.get_total_flops()
 
 
-def training(arch: str, recomputed: bool, u8: Tensor, dtype: torch.dtype | None, seconds: float) -> list[dict]:
-    """A row a method: its steps with the batch u8 (B, 3, 32, 32) on u8's device, beside large matrix products."""
-    device, gpu, y = u8.device, u8.is_cuda, torch.arange(len(u8)).to(u8.device) % 10
+def training(
+    arch: str, method: str, recomputed: bool, u8: Tensor, dtype: torch.dtype | None, seconds: float
+) -> dict[str, object]:
+    """Speed of training steps with the batch u8, beside that of large matrix products."""
+    device, y = u8.device, torch.arange(len(u8), device=u8.device) % 10
     f = build_model(arch, 10).to(device, memory_format=torch.channels_last)
     if recomputed:
         recompute(f)
     sgd = utils.optimiser(f, 1e-3, 5e-4)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
 
-    def step(method: str) -> None:
+    def step() -> None:
         x = preprocess(u8, True).float() / 255
         with utils.autocast(device, dtype):
-            loss, _ = METHODS[method](f, x, y, HPARAMS)
+            loss, _ = METHODS[method](f, x, y, {})
         scaler.scale(loss).backward()
         scaler.step(sgd)
         scaler.update()
         sgd.zero_grad()
 
-    memory = {}
-    for m in COPIES if gpu else ():
-        step(m)  # while cuDNN tries algorithms, some of them large
+    mib = None
+    if u8.is_cuda:
+        step()  # cuDNN tries its algorithms, and some need much memory
         torch.cuda.reset_peak_memory_stats(device)
-        step(m)
-        memory[m] = torch.cuda.max_memory_allocated(device) / 2**20
-    a = torch.rand(2 * [8192 if gpu else 1024], device=device).to(dtype or torch.float32)
-    functions = {"matmul": lambda: a @ a} | {m: partial(step, m) for m in COPIES}
-    functions |= {f"augmentation, {m}": partial(ours, m, u8) for m in COPIES}
-    taken = {name: median(times) for name, times in interleaved(functions, seconds, torch.get_num_threads()).items()}
+        step()
+        mib = torch.cuda.max_memory_allocated(device) / 2**20
+    size = 8192 if u8.is_cuda else 1024
+    a = torch.rand(size, size, device=device, dtype=dtype)
+    functions = {"step": step, "matmul": lambda: a @ a, "augmentation": partial(ours, method, u8)}
+    taken = seconds_of(functions, seconds, torch.get_num_threads())
+    taken = {name: median(times) for name, times in taken.items()}
+    f.__dict__.pop("forward", None)  # recompute's refers to f and would keep its memory in use
+    rate, (passes, flops) = len(u8) / taken["step"], cost(arch, method)
+    return {
+        "network": arch + " --recompute" * recomputed,
+        "method": method,
+        "images/s": rate,
+        "passes/s": passes * rate,
+        "% of matmul": 100 * rate * flops / (2 * size**3 / taken["matmul"]),
+        "% augmentation": 100 * taken["augmentation"] / taken["step"],
+        "GPU MiB": mib,
+        "hours": EPOCHS * IMAGES / rate / 3600,
+    }
 
-    rows, matmul = [], 2 * len(a) ** 3 / taken["matmul"]
-    for m in COPIES:
-        rate, (passes, flops) = len(u8) / taken[m], cost(arch, m)
-        rows.append({
-            **NOT_RUN, "what": f"{arch}{' --recompute' * recomputed}, {m}", "arch": arch, "recompute": recomputed,
-            "method": m, "passes": passes, "GFLOP": flops / 1e9, "matmul GFLOP/s": matmul / 1e9,
-            f"{device.type} images/s": rate, "passes/s": passes * rate, "% of matmul": 100 * rate * flops / matmul,
-            "% augmentation": 100 * taken[f"augmentation, {m}"] / taken[m], "cuda MiB": memory.get(m),
-            "hours": 150 * 50_000 / rate / 3600,
-        })  # fmt: skip
-    f.__dict__.pop("forward", None)  # which holds f, whose memory would be counted with the next network's
-    return rows
+
+def send_back(about: dict, trained: list[dict]) -> str:
+    """The line for an issue: card, torch, precision, then images/s, hours and MiB of each run."""
+    runs = [
+        f"{row['network']} {row['method']} {row['images/s']:.0f}/s {row['hours']:.2f} h"
+        + (f" {row['GPU MiB']:.0f} MiB" if row["GPU MiB"] else "")
+        for row in trained
+    ]
+    head = [about["device"], f"torch {about['versions']['torch']}", about["precision"]]
+    return "; ".join([", ".join(head) + f", batch {about['batch_size']}", *runs])
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure, write the JSON, print the table."""
-    parser = utils.Parser(description="Speed of augmentation, training, corruptions and evaluation on this machine.")
+    """Measure, write the JSON, print the tables and the line to send back."""
+    parser = utils.Parser(description="Speed of augmentation, training, corruptions, evaluation.")
     flag = parser.add_argument
+    positive = utils.number(float, above=0)
     flag("--device", default="auto", help="auto, cpu, cuda or cuda:<index>")
-    flag("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision, as in train.py")
-    flag("--batch-size", type=utils.number(int, low=1), help="of a training step; by default 512 on a GPU, else 16")
-    flag("--seconds", type=utils.number(float, above=0), default=120.0, help="of timing; preparing comes on top")
-    flag("--out", help="the JSON; by default results/benchmark-cpu.json or results/benchmark-<GPU>.json")
+    flag("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="as in train.py")
+    flag("--batch-size", type=utils.number(int, low=1), help="by default 512 on a GPU, else 16")
+    flag("--seconds", type=positive, default=120.0, help="for timing; preparing comes on top")
+    flag("--out", help="the JSON file; by default results/benchmark-cpu.json or -<GPU>.json")
     args = parser.parse_args(argv)
     device, load, seconds = utils.pick_device(args.device), os.getloadavg()[0], args.seconds
-    gpu, dtype, threads = device.type == "cuda", utils.amp_dtype(args.amp, device), torch.get_num_threads()
+    gpu, dtype = device.type == "cuda", utils.amp_dtype(args.amp, device)
     name = re.sub(r"\W+", "-", utils.describe(device).lower()) if gpu else "cpu"
-    out, batch = args.out or f"results/benchmark-{name}.json", args.batch_size or (512 if gpu else 16)
-    about = utils.provenance(device) | {"precision": utils.amp_name(dtype), "threads": threads, "load_before": load}
+    out, batch = Path(args.out or f"results/benchmark-{name}.json"), args.batch_size
+    batch = batch or (512 if gpu else 16)
+    if out.exists() and not out.is_file():
+        raise UserError(f"--out {out} is not a file. Name the file to write")
+    try:
+        utils.make_folder(out.parent)
+    except UserError as error:
+        raise UserError(f"--out {out}: {error}") from None
+    precision = {"precision": utils.amp_name(dtype), "batch_size": batch, "seconds": seconds}
+    about = utils.provenance(device) | precision | {"load_before": load}
+
     utils.seed("benchmark")
-    images = torch.randint(0, 256, (15 * batch, 3, 32, 32), dtype=torch.uint8)
-    u8, arrays = images[:batch].to(device), np.ascontiguousarray(images[:250].permute(0, 2, 3, 1).numpy())
-
-    cv2.setNumThreads(1)
-    taken = interleaved({"all": lambda: [corrupt(arrays, c.__name__, 3, 0) for c in SEVERITIES]}, 0.05 * seconds)["all"]
-    rate = len(SEVERITIES) * len(arrays) / median(taken)
-    corruptions = [{"what": f"{len(SEVERITIES)} corruptions", "ours, one core": rate}]
-    augmentations = augmentation(images[:250], u8, 0.3 * seconds)
-    timed, left_out = (RUNS, ()) if gpu else (RUNS[:1], RUNS[1:])
-    trained = [row for run in timed for row in training(*run, u8, dtype, 0.6 * seconds / len(timed))]
-    trained += [{"what": f"{arch}{' --recompute' * recomputed}", **NOT_RUN} for arch, recomputed in left_out]
+    images = torch.randint(0, 256, (max(250, batch), 3, 32, 32), dtype=torch.uint8)
+    u8, images = images[:batch].to(device), images[:250]
+    trained, skipped = [], []
+    runs = [run for run in RUNS if gpu or run[0] == "resnet18"]
+    for run in runs:
+        try:
+            trained.append(training(*run, u8, dtype, 0.6 * seconds / len(runs)))
+        except torch.OutOfMemoryError:
+            skipped.append(f"{run[0]} {run[1]}")
+            torch.cuda.empty_cache()
     f = build_model("resnet18", 10).to(device, memory_format=torch.channels_last)
-    taken = interleaved({"all": lambda: predict(f, images, dtype=dtype)}, 0.05 * seconds, threads)["all"]
-    evaluation = [{"what": "resnet18, evaluation", "cpu images/s": None, "cuda images/s": None}]
-    evaluation[0][f"{device.type} images/s"] = len(images) / median(taken)
+    functions = {"evaluation": lambda: predict(f, images, dtype=dtype)}
+    taken = seconds_of(functions, 0.05 * seconds, torch.get_num_threads())
+    about["evaluation, images/s"] = len(images) / median(taken["evaluation"])
+    # after the networks, since the allocator then keeps freed memory, as it does during training
+    methods = ("standard", "augmix", "magnma")
+    augmented = [augmentation(method, images, u8, 0.1 * seconds) for method in methods]
+    cv2.setNumThreads(1)
+    names = [function.__name__ for function in SEVERITIES]
+    arrays = np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy())
+    functions = {"corrupt": lambda: [corrupt(arrays, name, 3) for name in names]}
+    taken = seconds_of(functions, 0.05 * seconds, threads=1)
+    about["corruptions, images/s"] = len(names) * len(arrays) / median(taken["corrupt"])
 
-    about |= {"batch_size": batch, "seconds": seconds, "augmentation": augmentations, "corruptions": corruptions}
-    rows = (*augmentations, *corruptions, *evaluation, *trained)  # a column that a row does not have is blank
-    cells = [{column: row.get(column, "") for column in ("what", *COLUMNS)} for row in rows]
-    print(tabulate(cells, "keys", floatfmt=",.1f", missingval="not run", numalign="right", maxheadercolwidths=12))
-    print(f"\n{about['device']}, torch {torch.__version__}, precision {about['precision']}, batch {batch}, load"
-          f" {load:.1f} before; hours of 150 epochs. {out}")  # fmt: skip
-    utils.write_json(out, about | {"evaluation": evaluation, "training": trained})
+    utils.write_json(out, about | {"augmentation": augmented, "training": trained})
+    for rows in (augmented, trained):
+        print(tabulate(rows, "keys", floatfmt=",.1f", missingval="", numalign="right"), "\n")
+    for what in ("evaluation", "corruptions"):
+        print(f"{what}: {about[f'{what}, images/s']:,.0f} images/s")
+    if skipped:
+        print(f"skipped, out of memory: {', '.join(skipped)}. Try a smaller --batch-size")
+    print(f"written to {out}\n\n{send_back(about, trained)}")
 
 
 if __name__ == "__main__":
