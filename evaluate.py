@@ -297,7 +297,10 @@ def main(argv: list[str] | None = None) -> None:
     if out:
         if out.exists() and not out.is_file():
             raise UserError(f"--out {out} is not a file. Name the file to write")
-        utils.make_folder(out.parent)
+        try:
+            utils.make_folder(out.parent)
+        except UserError as error:
+            raise UserError(f"{error}. Name a file elsewhere with --out") from None
 
     dtype = utils.amp_dtype(
         "off" if args.amp == "auto" and recipe["amp"] == "off" else args.amp, device
