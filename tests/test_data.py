@@ -1,8 +1,13 @@
-"""Data sets against hand-written files, scikit-learn and Pillow; corrupted sets. (Refused input: test_errors.py.)"""
+"""Data sets against hand-written files, scikit-learn and Pillow; corrupted sets; refused input."""
 
 import hashlib
+import json
 import pickle
+import re
 import resource
+import shlex
+import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -10,39 +15,67 @@ import torch
 from PIL import Image
 
 import data
-from data import corruption_source, load_corrupted, load_dataset
-from utils import import_torchvision
+from data import check_corrupted, corruption_source, load_corrupted, load_dataset
+from utils import UserError, torchvision
 
 N = 7
+RNG = np.random.default_rng(0)
+IMAGES = RNG.integers(0, 256, (8, 32, 32, 3), np.uint8)
+ARRAYS = {
+    "train_images": IMAGES,
+    "train_labels": np.arange(8) % 4,
+    "test_images": IMAGES[:N],
+    "test_labels": np.arange(N) % 4,
+}
+
+
+def save(path, **changes):
+    """Write an .npz of ARRAYS with `changes` (None: left out) and return its path as text."""
+    arrays = {key: value for key, value in (ARRAYS | changes).items() if value is not None}
+    np.savez(path, **arrays)
+    return str(path)
+
+
+def refused(function, *args, **options):
+    """The message of the UserError, on one line."""
+    with pytest.raises(UserError) as error:
+        function(*args, **options)
+    return str(error.value)
 
 
 @pytest.mark.parametrize(("name", "key"), [("cifar10", "labels"), ("cifar100", "fine_labels")])
-def test_cifar_is_read_in_its_order(tmp_path, monkeypatch, name, key):
-    cifar, rng = getattr(import_torchvision().datasets, name.upper()), np.random.default_rng(0)
-    (tmp_path / cifar.base_folder).mkdir()
+def test_cifar_is_read_in_its_order_and_written_nowhere(tmp_path, monkeypatch, name, key):
+    cifar = getattr(torchvision.datasets, name.upper())
+    (tmp_path / "share" / cifar.base_folder).mkdir(parents=True)
     images, labels, names = [], [], [f"class {k}" for k in range(10)]
 
     def write(file, content):
         """The md5 of the pickle written."""
-        path = tmp_path / cifar.base_folder / file
+        path = tmp_path / "share" / cifar.base_folder / file
         path.write_bytes(pickle.dumps(content))
         return hashlib.md5(path.read_bytes()).hexdigest()
 
     for part in ("train_list", "test_list"):
         sums = []
         for file, _ in getattr(cifar, part):
-            images.append(rng.integers(0, 256, (3, 3072), np.uint8))
-            labels.append(rng.integers(0, 10, 3).tolist())
+            images.append(RNG.integers(0, 256, (3, 3072), np.uint8))
+            labels.append(RNG.integers(0, 10, 3).tolist())
             sums.append([file, write(file, {"data": images[-1], key: labels[-1]})])
         monkeypatch.setattr(cifar, part, sums)
-    monkeypatch.setattr(cifar, "meta", cifar.meta | {"md5": write(cifar.meta["filename"], {cifar.meta["key"]: names})})
-    dataset = load_dataset(name, tmp_path)
-    assert np.array_equal(torch.cat([dataset.train_images, dataset.test_images]), np.reshape(images, (-1, 3, 32, 32)))
-    assert np.array_equal(torch.cat([dataset.train_labels, dataset.test_labels]), np.ravel(labels))
+    md5 = write(cifar.meta["filename"], {cifar.meta["key"]: names})
+    monkeypatch.setattr(cifar, "meta", cifar.meta | {"md5": md5})
+    monkeypatch.setattr("os.makedirs", None)  # a share that cannot be written
+    (tmp_path / "data").symlink_to(tmp_path / "share")
+    dataset = load_dataset(name, tmp_path / "data")
+    read = torch.cat([dataset.train_images, dataset.test_images])
+    assert np.array_equal(read, np.reshape(images, (-1, 3, 32, 32)))
+    read = torch.cat([dataset.train_labels, dataset.test_labels])
+    assert np.array_equal(read, np.ravel(labels))
     assert dataset.test_images.shape == (3, 3, 32, 32)
     assert dataset.train_images.dtype == dataset.test_images.dtype == torch.uint8
     assert dataset.train_labels.dtype == dataset.test_labels.dtype == torch.int64
-    assert (dataset.name, dataset.classes, dataset.hflip, dataset.source) == (name, names, True, "official")
+    assert (dataset.name, dataset.classes, dataset.hflip) == (name, names, True)
+    assert dataset.source == "official"
 
 
 @pytest.mark.cifar
@@ -62,83 +95,332 @@ def test_digits_are_scikit_learns_enlarged_as_pillow_does():
     from sklearn.datasets import load_digits
 
     dataset = load_dataset("digits", "nowhere")
-    assert (dataset.train_images.shape, dataset.test_images.shape) == ((1437, 3, 32, 32), (360, 3, 32, 32))
-    assert (dataset.hflip, dataset.source, dataset.classes) == (False, "embedded", list("0123456789"))
+    assert dataset.train_images.shape == (1437, 3, 32, 32)
+    assert dataset.test_images.shape == (360, 3, 32, 32)
+    assert (dataset.hflip, dataset.source) == (False, "embedded")
+    assert dataset.classes == list("0123456789")
     pixels, targets = load_digits(return_X_y=True)
     images = torch.cat([dataset.train_images, dataset.test_images]).numpy()
     labels = torch.cat([dataset.train_labels, dataset.test_labels])
     assert (images[:, :1] == images).all()
     assert np.array_equal(np.bincount(labels), np.bincount(targets))
-    assert np.ptp(np.bincount(dataset.test_labels) / np.bincount(targets)) < 0.01  # every class in proportion
+    assert np.ptp(np.bincount(dataset.test_labels) / np.bincount(targets)) < 0.01  # stratified
     for digit, target in zip(pixels[:40], targets[:40], strict=True):
-        gray = Image.fromarray((digit.reshape(8, 8) * (255 / 16)).astype(np.float32))
-        gap = np.abs(images[:, 0] - np.asarray(gray.resize((32, 32), Image.Resampling.BILINEAR))).max(axis=(1, 2))
+        grey = Image.fromarray((digit.reshape(8, 8) * (255 / 16)).astype(np.float32))
+        large = np.asarray(grey.resize((32, 32), Image.Resampling.BILINEAR))
+        gap = np.abs(images[:, 0] - large).max(axis=(1, 2))
         assert gap.min() <= 0.502
         assert labels[gap.argmin()] == target
 
 
 def test_an_npz_and_its_optional_keys(tmp_path):
-    rng = np.random.default_rng(0)
-    train, test = (rng.integers(0, 256, (count, 32, 32, 3), np.uint8) for count in (5, 3))
-    arrays = {"train_images": train, "train_labels": np.array([0, 1, 2, 3, 0]), "test_images": test,
-              "test_labels": np.array([2, 0, 1], np.uint8)}  # fmt: skip
-    np.savez(tmp_path / "mine.v2.npz", **arrays)
-    dataset = load_dataset(str(tmp_path / "mine.v2.npz"), "nowhere")
-    assert np.array_equal(dataset.train_images.permute(0, 2, 3, 1), train)
-    assert np.array_equal(dataset.test_images.permute(0, 2, 3, 1), test)
-    assert (dataset.train_labels.tolist(), dataset.test_labels.tolist()) == ([0, 1, 2, 3, 0], [2, 0, 1])
-    assert (dataset.train_images.dtype, dataset.test_labels.dtype) == (torch.uint8, torch.int64)
+    dataset = load_dataset(save(tmp_path / "mine.v2.npz"), "nowhere")
+    for part in ("train", "test"):
+        images, labels = getattr(dataset, f"{part}_images"), getattr(dataset, f"{part}_labels")
+        assert np.array_equal(images.permute(0, 2, 3, 1), ARRAYS[f"{part}_images"])
+        assert np.array_equal(labels, ARRAYS[f"{part}_labels"])
+        assert (images.dtype, labels.dtype) == (torch.uint8, torch.int64)
     assert (dataset.name, dataset.source, dataset.hflip) == ("mine.v2", "mine.v2.npz", True)
     assert dataset.classes == ["0", "1", "2", "3"]
-    np.savez_compressed(tmp_path / "b.npz", **arrays, classes=np.array(list("abcde")), hflip=False, source="a camera")
-    dataset = load_dataset(str(tmp_path / "b.npz"), "nowhere")
-    assert (dataset.classes, dataset.hflip, dataset.source) == (list("abcde"), False, "a camera")
+    (tmp_path / "mine.v2.npz").rename(tmp_path / "MINE.NPZ")
+    assert load_dataset(str(tmp_path / "MINE.NPZ"), "nowhere").name == "MINE"
+    path = save(tmp_path / "b.npz", classes=list("abcd"), hflip=False, source="a camera")
+    dataset = load_dataset(path, "nowhere")
+    assert (dataset.classes, dataset.hflip, dataset.source) == (list("abcd"), False, "a camera")
+
+
+def test_a_test_set_alone_is_enough_where_only_evaluation_is_asked_for(tmp_path):
+    changes = {"train_images": None, "train_labels": None, "test_labels": np.full(N, 3)}
+    path = save(tmp_path / "test.npz", **changes)
+    assert "lacks train_images, train_labels. It holds test_images, test_labels" in refused(
+        load_dataset, path, ""
+    )
+    dataset = load_dataset(path, "", need_train=False)
+    assert (len(dataset.train_images), len(dataset.train_labels)) == (0, 0)
+    assert (len(dataset.test_images), len(dataset.classes)) == (N, 4)
+    assert data.data_sha256(dataset) != data.data_sha256(load_dataset("digits", ""))
+
+
+def test_data_sha256_changes_with_each_image_label_and_hflip_alone(tmp_path):
+    def sha256(name="mine", **changes):
+        return data.data_sha256(load_dataset(save(tmp_path / f"{name}.npz", **changes), ""))
+
+    assert sha256() == sha256("other", source="elsewhere", classes=list("abcd"))
+    assert sha256() == sha256(train_labels=ARRAYS["train_labels"].astype(np.uint8))
+    changed = [{key: value[::-1]} for key, value in ARRAYS.items()] + [{"hflip": False}]
+    changed.append({"train_images": IMAGES[1:], "train_labels": ARRAYS["train_labels"][1:]})
+    assert len({sha256(), *(sha256(**changes) for changes in changed)}) == 7
+
+
+REFUSED = {
+    "mine.npz: class 0 has no training image": {
+        "train_labels": ARRAYS["train_labels"] + 1,
+        "test_labels": ARRAYS["test_labels"] + 1,
+    },
+    "class 2 has no training image": {"train_labels": [0, 1, 3, 4, 0, 1, 3, 4]},
+    "class 4 has no training image": {"test_labels": np.arange(N)[::-1] // 6 * 6},
+    "class 4 (frog) has no training image": {"classes": ["car", "dog", "cat", "cow", "frog"]},
+    "lacks train_labels, test_images. It holds train_images, test_labels, y_train. ": {
+        "train_labels": None, "test_images": None, "y_train": 0, "test_labels": 0,
+    },
+    "test_images is uint8 (0, 32, 32, 3), not uint8 (N, 32, 32, 3)": {"test_images": IMAGES[:0]},
+    "values, now from -2 to 2.5, to 0, ..., 255": {"train_images": np.float32([[[-2.0, 2.5]]])},
+    "train_labels is int64 (8,), not 8 integers from 0": {"train_labels": np.arange(8) - 1},
+    "train_labels is int64 (7,), not 8 integers": {"train_labels": np.arange(7)},
+    "test_labels is float64 (7,), not 7 integers": {"test_labels": np.arange(N) / 1},
+    "test_labels is int64 (7, 1), not 7 integers": {"test_labels": np.zeros((N, 1), int)},
+    "classes must be a list of names, and hflip True or False": {"classes": "abcd"},
+    "and hflip True or False": {"hflip": "no"},
+    "names 2 classes, but its labels go up to 3": {"classes": ["a", "b"]},
+    "is damaged, or not an .npz of plain arrays": {"source": np.array([None])},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_an_npz_that_is_not_what_it_seems_is_refused(tmp_path, message):
+    assert message in refused(load_dataset, save(tmp_path / "mine.npz", **REFUSED[message]), "")
+
+
+def test_a_file_or_name_that_is_no_data_set_is_refused(tmp_path):
+    path = save(tmp_path / "mine.npz")
+    (tmp_path / "mine.npz").write_bytes((tmp_path / "mine.npz").read_bytes()[:5000])
+    assert f"{path} is damaged, or not an .npz" in refused(load_dataset, path, "")
+    assert "none.npz: No such file" in refused(load_dataset, str(tmp_path / "none.npz"), "")
+    for name in ("cifar10", "CIFAR-10", "Digits"):
+        message = refused(load_dataset, str(tmp_path / f"{name}.npz"), "")
+        assert f"{name} is a built-in data set. Rename the file" in message
+    assert "mnist: unknown data set. Use cifar10, cifar100, digits or the path of an .npz" in (
+        refused(load_dataset, "mnist", "")
+    )
+
+
+@pytest.mark.parametrize(
+    ("images", "same"),
+    [
+        (IMAGES / 255, True),
+        (IMAGES.astype(np.float32), True),
+        (IMAGES.astype(np.int64), True),
+        (IMAGES.transpose(0, 3, 1, 2), True),
+        (np.insert(IMAGES, 3, 255, axis=3), True),  # RGBA
+        (IMAGES[..., 0], False),  # grey
+        (IMAGES[..., :1] / 255, False),
+        (IMAGES[:, None, :, :, 0], False),
+        (IMAGES.repeat(2, axis=1).repeat(2, axis=2), False),  # 64x64
+    ],
+)
+def test_the_advice_converts_images_of_another_form(tmp_path, images, same):
+    message = refused(load_dataset, save(tmp_path / "mine.npz", train_images=images), "")
+    assert f"train_images is {images.dtype} {images.shape}, not uint8 (N, 32, 32, 3)" in message
+    names = {"np": np, "Image": Image, "images": images}
+    exec(re.search("`(.*)`", message)[1], names)
+    load_dataset(save(tmp_path / "mine.npz", train_images=names["images"]), "")
+    if same:
+        assert np.array_equal(names["images"], IMAGES)
+    else:
+        assert np.abs(names["images"][..., 0].astype(int) - IMAGES[..., 0]).mean() < 30
+
+
+def test_a_failed_download_is_one_line_that_names_the_archive(tmp_path, monkeypatch):
+    def offline(*args, **options):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(torchvision.datasets.utils, "download_url", offline)
+    place = tmp_path / "cifar-10-batches-py"
+    message = refused(load_dataset, "cifar10", tmp_path)
+    assert f"cifar10 not found (or incomplete) in {place}, and downloading https://" in message
+    assert f"(Name or service not known). Unpack that archive into {tmp_path}, or" in message
+    (tmp_path / "file").touch()
+    assert "not found" in refused(load_dataset, "cifar10", tmp_path / "file")
+    place.mkdir()
+    for file, _ in torchvision.datasets.CIFAR10.train_list:
+        (place / file).touch()
+    assert f"Use --data {tmp_path}" in refused(load_dataset, "cifar10", place)
 
 
 # Corrupted test sets
 
 
+def make_set(folder, count=N):
+    """A corrupted set of `count` images, and the data set that it is of."""
+    folder.mkdir(parents=True)
+    for name in data.CORRUPTIONS:
+        np.save(folder / f"{name}.npy", np.zeros((5 * count, 32, 32, 3), np.uint8))
+    np.save(folder / "labels.npy", np.tile(np.arange(count) % 4, 5))
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """Data set `mine`, and `data/mine-C` in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    make_set(tmp_path / "data/mine-C")
+    return load_dataset(save("data/mine.npz"), "data")
+
+
+def follow(message):
+    """Type the command of the message."""
+    (command,) = re.findall("`(mv .*?|python -c .*?)`", message)
+    subprocess.run(command, shell=True, check=True)
+
+
 def test_the_papers_corruptions_and_where_a_set_is():
     assert len(set(data.CORRUPTIONS) - {"gaussian_noise"}) == 18
-    folders = {name: str(data.corrupted_folder(name, "root")) for name in ("cifar10", "cifar100", "digits", "mine")}
-    assert folders == {"cifar10": "root/CIFAR-10-C", "cifar100": "root/CIFAR-100-C", "digits": "root/DIGITS-C",
-                       "mine": "root/mine-C"}  # fmt: skip
+    folders = {name: str(data.corrupted_folder(name, "root")) for name in (*data.BUILT_IN, "mine")}
+    assert folders == {
+        "cifar10": "root/CIFAR-10-C", "cifar100": "root/CIFAR-100-C", "digits": "root/DIGITS-C",
+        "mine": "root/mine-C",
+    }  # fmt: skip
 
 
 def test_a_corruption_is_five_severities_and_only_what_is_used_is_read(tmp_path):
-    folder, original = tmp_path / "CIFAR-10-C", np.random.default_rng(0).integers(0, 256, (5 * N, 32, 32, 3), np.uint8)
+    folder, original = tmp_path / "mine-C", RNG.integers(0, 256, (5 * N, 32, 32, 3), np.uint8)
     folder.mkdir()
     np.save(folder / "snow.npy", original)
-    np.save(folder / "labels.npy", np.tile(np.arange(N, dtype=np.uint8), 5))
-    images = load_corrupted("cifar10", tmp_path, "snow")
+    images = load_corrupted("mine", tmp_path, "snow")
     assert images.shape == (5, N, 3, 32, 32)
-    for severity in range(5):
-        assert np.array_equal(images[severity], original[N * severity : N * (severity + 1)].transpose(0, 3, 1, 2))
+    expected = original.reshape(5, N, 32, 32, 3).transpose(0, 1, 4, 2, 3)
+    assert np.array_equal(images, expected)
     images[0] = 0  # writable memory, but the file keeps its bytes
     assert np.array_equal(np.load(folder / "snow.npy"), original)
     with open(folder / "fog.npy", "wb") as file:  # 3 GB of zeros that take no room on the disk
-        header = {"descr": "|u1", "fortran_order": False, "shape": (1_000_000, 32, 32, 3)}
+        header = {"descr": "|u1", "fortran_order": False, "shape": (10**6, 32, 32, 3)}
         np.lib.format.write_array_header_1_0(file, header)
-        file.truncate(file.tell() + 3072 * 1_000_000)
+        file.truncate(file.tell() + 3072 * 10**6)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert load_corrupted("cifar10", tmp_path, "fog")[4, :10].clone().shape == (10, 3, 32, 32)
+    assert load_corrupted("mine", tmp_path, "fog")[4, :10].clone().shape == (10, 3, 32, 32)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024  # KB
 
 
-def test_a_whole_set_has_the_papers_corruptions_and_one_made_here_gaussian_noise_too(tmp_path):
+def test_a_complete_set_and_its_source(mine):
+    folder = data.corrupted_folder("mine", "data")
     for name in (*data.CORRUPTIONS, "labels"):
-        assert not data.is_whole(tmp_path)
-        (tmp_path / f"{name}.npy").touch()
-    assert data.is_whole(tmp_path)
-    (tmp_path / "generated.json").touch()
-    assert not data.is_whole(tmp_path)
-    (tmp_path / "gaussian_noise.npy").touch()
-    assert data.is_whole(tmp_path)
+        (folder / f"{name}.npy").rename("away")
+        assert not data.is_complete(folder)
+        assert f"data/mine-C lacks {name}.npy. " in refused(check_corrupted, mine, "data")
+        shutil.move("away", folder / f"{name}.npy")
+    assert data.is_complete(folder)
+    assert corruption_source("mine", "data") == "unverified"
+    (folder / "generated.json").write_text("{}")
+    assert not data.is_complete(folder)
+    shutil.copy(folder / "fog.npy", folder / "gaussian_noise.npy")
+    assert data.is_complete(folder)
+    assert corruption_source("mine", "data") == "generated"
+    (folder / "official.json").touch()
+    assert corruption_source("mine", "data") == "official"
 
 
-def test_the_source_of_a_corrupted_set(tmp_path):
-    assert corruption_source("mine", tmp_path) == "unverified"
-    (tmp_path / "mine-C").mkdir()
-    for source in ("generated", "official"):
-        (tmp_path / "mine-C" / f"{source}.json").write_text("{}")
-        assert corruption_source("mine", tmp_path) == source
+def test_further_arrays_are_evaluated_and_dot_files_skipped(mine):
+    assert check_corrupted(mine, "data") == [*data.CORRUPTIONS]
+    for name in ("rain", "gaussian_noise"):
+        shutil.copy("data/mine-C/fog.npy", f"data/mine-C/{name}.npy")
+    with open("data/mine-C/._fog.npy", "w") as file:
+        file.write("of macOS")
+    assert check_corrupted(mine, "data") == [*data.CORRUPTIONS, "gaussian_noise", "rain"]
+
+
+@pytest.mark.parametrize("name", ["features", "my features"])
+def test_a_stray_array_is_to_be_moved_out(mine, name):
+    np.save(f"data/mine-C/{name}.npy", np.zeros(3))
+    message = refused(check_corrupted, mine, "data")
+    assert f"{name}.npy is float64 (3,), not uint8 (5N, 32, 32, 3). Move it out" in message
+    follow(message)
+    assert check_corrupted(mine, "data") == [*data.CORRUPTIONS]
+
+
+@pytest.mark.parametrize(
+    ("snow", "message"),
+    [
+        (np.zeros((5 * N, 32, 32), np.uint8), "snow.npy is uint8 (35, 32, 32), not uint8 (5N, 32"),
+        (np.zeros((5 * N, 32, 32, 3)), "snow.npy is float64 (35, 32, 32, 3), not uint8"),
+        (np.zeros((34, 32, 32, 3), np.uint8), "snow.npy is uint8 (34, 32, 32, 3), not uint8"),
+        (np.zeros((15, 32, 32, 3), np.uint8), "snow.npy holds 3 images per severity, not 7"),
+        (None, "snow.npy is damaged ("),
+    ],
+)
+def test_an_array_of_another_form_is_refused(mine, snow, message):
+    path = data.corrupted_folder("mine", "data") / "snow.npy"
+    if snow is None:
+        path.write_bytes(path.read_bytes()[:5000])
+    else:
+        np.save(path, snow)
+    refusal = refused(check_corrupted, mine, "data")
+    assert f"data/mine-C/{message}" in refusal
+    assert "Delete it, then: " in refusal
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (np.tile(ARRAYS["test_labels"], 5) / 1, "labels.npy is float64 (35,), not 35 integers"),
+        (ARRAYS["test_labels"], "(7,), not 35 integers (one block of 7 instead of five)"),
+        (np.tile(ARRAYS["test_labels"], 5)[:, None], "(35, 1), not 35 integers"),
+    ],
+)
+def test_labels_of_another_form_are_to_be_converted(mine, labels, message):
+    np.save("data/mine-C/labels.npy", labels)
+    refusal = refused(check_corrupted, mine, "data")
+    assert message in refusal
+    assert "mine-C.old" not in refusal
+    follow(refusal)
+    check_corrupted(mine, "data")
+
+
+def test_a_set_of_other_labels_or_images_is_to_be_moved_away(mine):
+    np.save("data/mine-C/labels.npy", np.repeat(ARRAYS["test_labels"], 5))
+    message = refused(check_corrupted, mine, "data")
+    assert "data/mine-C is of another test set than mine's: the labels differ. Move it" in message
+    np.save("data/mine-C/labels.npy", np.tile(ARRAYS["test_labels"], 5))
+    shutil.copy("data/mine-C/fog.npy", "data/mine-C/gaussian_noise.npy")
+    sha256 = hashlib.sha256(ARRAYS["test_images"].tobytes()).hexdigest()
+    with open("data/mine-C/generated.json", "w") as file:
+        json.dump({"clean_sha256": sha256}, file)
+    assert "gaussian_noise" in check_corrupted(mine, "data")
+    other = load_dataset(save("data/mine.npz", test_images=IMAGES[1:]), "data")
+    message = refused(check_corrupted, other, "data")
+    assert "data/mine-C was made from other test images. Move it away" in message
+    follow(message)
+    message = refused(check_corrupted, other, "data")
+    assert message == (
+        "data/mine-C does not exist."
+        " `python corruptions.py --dataset data/mine.npz --data data` makes it"
+    )
+
+
+@pytest.mark.parametrize(
+    ("found", "root"),
+    [
+        ("data/mine-C/mine-C", "data"),  # unpacked a level too deep
+        ("data/MINE-c/mine-C", "data"),
+        ("data/MINE-c", "data"),  # another case
+        ("my data/mine-c", "my data"),
+        ("data/mine-C", "data/mine-C"),  # --data is the folder itself
+        ("my data/downloaded", "my data/downloaded"),
+    ],
+)
+def test_a_set_in_another_place_is_named_with_the_command_that_helps(mine, found, root):
+    shutil.move("data/mine-C", "set")
+    shutil.copytree("set", found)
+    message = refused(check_corrupted, mine, root)
+    if "`mv " in message:
+        follow(message)
+    words = shlex.split(message)
+    root = words[words.index("--data", 1) + 1] if "Use" in words else root
+    assert "corruptions.py" not in message
+    check_corrupted(mine, root)
+
+
+def test_an_official_set_that_lacks_files_is_completed_by_a_download(tmp_path):
+    dataset = load_dataset("digits", "")
+    object.__setattr__(dataset, "name", "cifar10")
+    object.__setattr__(dataset, "flag", "cifar10")
+    command = f"`python corruptions.py --dataset cifar10 --data {tmp_path}"
+    message = refused(check_corrupted, dataset, tmp_path)
+    assert f"{command} --download` fetches the official set (2.9 GB), {command}` makes" in message
+    make_set(tmp_path / "CIFAR-10-C")
+    (tmp_path / "CIFAR-10-C/fog.npy").unlink()
+    message = refused(check_corrupted, dataset, tmp_path)
+    assert message.endswith(
+        f"C lacks fog.npy. {command} --download` fetches what is missing (2.9 GB)"
+    )
+    (tmp_path / "CIFAR-10-C/generated.json").touch()
+    message = refused(check_corrupted, dataset, tmp_path)
+    assert message.endswith(f"lacks fog.npy, gaussian_noise.npy. {command}` makes what is missing")
