@@ -188,7 +188,7 @@ def bars(panels: dict[str, tuple], styles: Styles, ylabel: str, width: float) ->
         ax.tick_params(axis="x", length=0)
         ax.grid(visible=False, axis="x")
         ax.margins(y=0.1)
-        ax.set(title=title, ylabel=ylabel, ylim=(0, None))
+        ax.set(title=title, ylabel=ylabel)
     return figure
 
 
