@@ -1,7 +1,7 @@
-"""augment.py: against Pillow and torchvision image by image with the same draws, and the distribution of each draw.
+"""augment.py against Pillow and torchvision image by image, and the distribution of each draw.
 
-The draws of a call are made again from its seed by draw_preprocessing, draw_mixed and draw_augmix. AugMix's nine
-operations are Pillow's in benchmark.usual_operation.
+draw_preprocessing, draw_mixed and draw_augmix repeat the draws of a call from its seed. AugMix's
+nine operations are Pillow's in benchmark.usual_operation.
 """
 
 import math
@@ -15,6 +15,7 @@ from scipy import stats
 import augment
 from augment import (
     OPERATIONS,
+    apply_operations,
     augmix,
     autocontrast,
     draw_augmix,
@@ -23,16 +24,15 @@ from augment import (
     equalize,
     gaussian_noise,
     mixed_augmentation,
-    operate,
     posterize,
     preprocess,
     solarize,
 )
 from benchmark import usual_operation
 from data import load_dataset
-from utils import import_torchvision
+from utils import torchvision
 
-F = import_torchvision().transforms.functional
+F = torchvision.transforms.functional
 
 
 @pytest.fixture(autouse=True)
@@ -56,16 +56,17 @@ def sample_images() -> torch.Tensor:
     spread, centre = torch.rand(40, 3, 1, 1) * 60, torch.rand(40, 3, 1, 1) * 255
     bell = (centre + spread * torch.randn(40, 3, 32, 32)).clamp(0, 255).long()
     constant = torch.randint(0, 256, (10, 3, 1, 1)).expand(-1, -1, 32, 32)
-    two = torch.where(torch.rand(40, 3, 32, 32) < torch.rand(40, 1, 1, 1), *torch.randint(0, 256, (2, 40, 3, 1, 1)))
+    low, high = torch.randint(0, 256, (2, 40, 3, 1, 1))
+    two = torch.where(torch.rand(40, 3, 32, 32) < torch.rand(40, 1, 1, 1), low, high)
     lone = constant.clone()
     lone[:, :, 5, 7] = 255 - lone[:, :, 5, 7]
     return torch.cat([digits, noise, bell, constant, two, lone]).to(torch.uint8)
 
 
-def assert_same_as_pillow(ours: torch.Tensor, images: torch.Tensor, operation) -> None:
-    theirs = torch.stack([from_pillow(operation(to_pillow(image), i)) for i, image in enumerate(images)])
+def assert_equals_pillow(ours: torch.Tensor, images: torch.Tensor, operation) -> None:
+    expected = [from_pillow(operation(to_pillow(image), i)) for i, image in enumerate(images)]
     assert ours.dtype == torch.uint8
-    assert (ours != theirs).flatten(1).any(1).nonzero().squeeze(1).tolist() == []
+    assert (ours != torch.stack(expected)).flatten(1).any(1).nonzero().squeeze(1).tolist() == []
 
 
 def fits(values: torch.Tensor, cdf) -> bool:
@@ -80,8 +81,8 @@ def even(values: torch.Tensor, low: int, high: int) -> bool:
 
 def independent(*columns: torch.Tensor) -> bool:
     """Whether no two of the columns are correlated, to five standard errors."""
-    off_diagonal = np.corrcoef(torch.stack([column.double() for column in columns])) - np.eye(len(columns))
-    return abs(off_diagonal).max() < 5 / len(columns[0]) ** 0.5
+    correlations = np.corrcoef(torch.stack([column.double() for column in columns]))
+    return abs(correlations - np.eye(len(columns))).max() < 5 / len(columns[0]) ** 0.5
 
 
 def level_cdf(q: np.ndarray) -> np.ndarray:
@@ -95,28 +96,37 @@ def level_cdf(q: np.ndarray) -> np.ndarray:
 def test_level_operations_equal_pillow_bit_for_bit():
     images = sample_images()
     bits, threshold = torch.randint(1, 9, (len(images),)), torch.randint(0, 257, (len(images),))
-    assert_same_as_pillow(autocontrast(images), images, lambda image, i: ImageOps.autocontrast(image))
-    assert_same_as_pillow(equalize(images), images, lambda image, i: ImageOps.equalize(image))
-    assert_same_as_pillow(posterize(images, bits), images, lambda image, i: ImageOps.posterize(image, int(bits[i])))
-    assert_same_as_pillow(
-        solarize(images, threshold), images, lambda image, i: ImageOps.solarize(image, int(threshold[i]))
+    assert_equals_pillow(autocontrast(images), images, lambda x, i: ImageOps.autocontrast(x))
+    assert_equals_pillow(equalize(images), images, lambda x, i: ImageOps.equalize(x))
+    assert_equals_pillow(
+        posterize(images, bits), images, lambda x, i: ImageOps.posterize(x, int(bits[i]))
     )
+    assert_equals_pillow(
+        solarize(images, threshold), images, lambda x, i: ImageOps.solarize(x, int(threshold[i]))
+    )
+
+
+def test_equalize_equals_pillow_on_large_images():
+    images = (torch.rand(3, 3, 300, 200) ** 3 * 256).to(torch.uint8)
+    assert_equals_pillow(equalize(images), images, lambda x, i: ImageOps.equalize(x))
 
 
 def test_autocontrast_equals_pillow_whatever_the_extreme_levels():
     pairs = torch.triu_indices(256, 256, offset=1).T
-    lo, hi = pairs[torch.randperm(len(pairs))[:1500]].view(-1, 3, 2).split(1, 2)
-    images = (lo + torch.arange(256) % (hi - lo + 1)).to(torch.uint8).view(-1, 3, 16, 16)  # every level in between
-    assert_same_as_pillow(autocontrast(images), images, lambda image, i: ImageOps.autocontrast(image))
+    low, high = pairs[torch.randperm(len(pairs))[:1500]].view(-1, 3, 2).split(1, 2)
+    levels = low + torch.arange(256) % (high - low + 1)  # every level in between
+    images = levels.to(torch.uint8).view(-1, 3, 16, 16)
+    assert_equals_pillow(autocontrast(images), images, lambda x, i: ImageOps.autocontrast(x))
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_operate_follows_pillow_at_augmixs_levels(name):
+def test_each_operation_follows_pillow_at_augmixs_levels(name):
     images = sample_images()[::5]
+    op = torch.full((len(images),), OPERATIONS.index(name))
     for v in (-9.99, -2.9, -0.3, 0.1, 0.7, 2.5, 7.5):
-        ours = operate(images, torch.full((len(images),), OPERATIONS.index(name)), torch.full((len(images),), v))
-        theirs = torch.stack([from_pillow(usual_operation(to_pillow(image), name, v)) for image in images])
-        distance = (ours.int() - theirs.int()).abs()
+        ours = apply_operations(images, op, torch.full((len(images),), v))
+        expected = [from_pillow(usual_operation(to_pillow(image), name, v)) for image in images]
+        distance = (ours.int() - torch.stack(expected).int()).abs()
         assert (distance <= 1).float().mean() > 0.9999
         assert (distance == 0).float().mean() > 0.99
         if name in augment.A or name.startswith("translate"):
@@ -127,16 +137,19 @@ def test_no_bits_are_black_but_augmixs_levels_never_ask_for_that():
     images = sample_images()
     assert posterize(images, torch.zeros(len(images))).max() == 0  # Pillow refuses 0 bits
     v = torch.tensor([7.4999, math.nextafter(10, 0), 10.0], dtype=torch.float64)
-    white, op = torch.full((3, 3, 32, 32), 255, dtype=torch.uint8), torch.full((3,), OPERATIONS.index("posterize"))
-    assert operate(white, op, v)[:, 0, 0, 0].tolist() == [192, 128, 128]
+    white = torch.full((3, 3, 32, 32), 255, dtype=torch.uint8)
+    op = torch.full((3,), OPERATIONS.index("posterize"))
+    assert apply_operations(white, op, v)[:, 0, 0, 0].tolist() == [192, 128, 128]
 
 
-def test_operate_gives_each_image_its_own_operation():
+def test_each_image_gets_its_own_operation():
     images = sample_images()
-    op, v = torch.randint(-1, len(OPERATIONS), (len(images),)), 20 * torch.rand(len(images)) - 10
-    together = operate(images, op, v)
+    op = torch.randint(-1, len(OPERATIONS), (len(images),))
+    v = 20 * torch.rand(len(images)) - 10
+    together = apply_operations(images, op, v)
     for i in range(len(images)):
-        assert torch.equal(together[i : i + 1], operate(images[i : i + 1], op[i : i + 1], v[i : i + 1]))
+        one = slice(i, i + 1)
+        assert torch.equal(together[one], apply_operations(images[one], op[one], v[one]))
     assert torch.equal(together[op == -1], images[op == -1])
 
 
@@ -156,17 +169,19 @@ def test_preprocess_equals_torchvision_on_pillow_images_with_the_same_draws(hfli
         image = F.crop(F.pad(image, 4), top, left, 32, 32)
         image = F.hflip(image) if mirrored else image
         for kind in order[i].tolist():
-            image = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation)[kind](image, float(factors[i, kind]))
+            adjust = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation)[kind]
+            image = adjust(image, float(factors[i, kind]))
         return F.rotate(image, float(degrees[i]))
 
-    assert_same_as_pillow(ours, images, per_image)
+    assert_equals_pillow(ours, images, per_image)
 
 
 def test_preprocess_draws_as_sec_4_says():
     crop, order, factors, degrees = draw_preprocessing(6000, True)
     assert even(crop[:, :2], 0, 8)
     assert even(crop[:, 2], 0, 1)
-    assert even((order * torch.tensor([9, 3, 1])).sum(1).unique(return_inverse=True)[1], 0, 5)  # the six orders
+    six_orders = (order * torch.tensor([9, 3, 1])).sum(1).unique(return_inverse=True)[1]
+    assert even(six_orders, 0, 5)
     assert all(fits(factor, stats.uniform(0.75, 0.5).cdf) for factor in factors.unbind(1))
     assert fits(degrees, stats.uniform(-2, 4).cdf)
     assert independent(*crop.T, order[:, 0], *factors.T, degrees)
@@ -183,7 +198,7 @@ def test_gaussian_noise_has_a_uniform_sigma_per_image_and_is_not_clipped():
     assert fits(sigma, stats.uniform(0, 0.2).cdf)
     assert fits((delta / sigma.unsqueeze(1))[::10].flatten()[::7], "norm")
     assert (delta + 0.1).min() < 0
-    assert independent(*delta[:5])  # noise of its own for each image
+    assert independent(*delta[:5])  # other noise for each image
     assert torch.equal(gaussian_noise(x, 0.0), x)
 
 
@@ -197,10 +212,11 @@ def test_mixed_augmentation_is_its_formula_with_the_same_draws(operations):
     a, v, w = draw_mixed(len(x), 0.7, operations)
     off = torch.zeros(len(x), 3, 32, 32, dtype=torch.float64)
     for i in range(len(levels)):
-        transformed = from_pillow(usual_operation(to_pillow(levels[i]), OPERATIONS[a[i]], float(v[i])))
-        off[i] = (ours[i] - (w[i] * x[i].double() + (1 - w[i]) * transformed.double() / 255)).abs()
+        picture = usual_operation(to_pillow(levels[i]), OPERATIONS[a[i]], float(v[i]))
+        expected = w[i] * x[i].double() + (1 - w[i]) * from_pillow(picture).double() / 255
+        off[i] = (ours[i] - expected).abs()
     assert off[a < 4].max() < 1e-6
-    # the geometric ones agree with Pillow on 99% of the values
+    # the geometric operations agree with Pillow on 99% of the values
     assert operations == "A" or (off[a >= 4] > 1e-6).double().mean() < 0.01
 
 
@@ -227,7 +243,8 @@ def test_operation_and_level_of_mixed_augmentation_with_the_nine_of_augmix():
 def test_weight_of_mixed_augmentation_is_beta_distributed(beta):
     _, _, w = draw_mixed(4000, beta)
     assert w.isfinite().all()
-    lower = w[w < 0.5]  # few numbers of float64 are next to 1, where half the mass of a small beta lies
+    # half the mass of a small beta is near 1, where float64 has few numbers: compare below 0.5
+    lower = w[w < 0.5]
     assert len(lower) / len(w) == pytest.approx(0.5, abs=0.03)
     assert fits(lower, lambda q: 2 * stats.beta(beta, beta).cdf(q))
 
@@ -248,11 +265,13 @@ def test_augmix_equals_a_pillow_loop_with_the_same_draws():
         for chain in range(3):
             image = to_pillow(images[i])
             for k, level in zip(op[i, chain].tolist(), v[i, chain].tolist(), strict=True):
-                image = usual_operation(image, OPERATIONS[k], level) if k >= 0 else image
+                if k >= 0:
+                    image = usual_operation(image, OPERATIONS[k], level)
             mixture += weights[i, chain].double() * from_pillow(image).double() / 255
         expected = (1 - m[i].double()) * x[i].double() + m[i].double() * mixture
         far += int(((ours[i] - expected).abs() > 1.5 / 255).sum())
-    assert far < 0.01 * ours.numel()  # a level off before equalize or solarize is more levels off after it
+    # equalize and solarize after a geometric operation enlarge its difference of one level
+    assert far < 0.01 * ours.numel()
 
 
 def test_augmix_draws_its_operations_levels_and_weights_as_its_paper_says():
@@ -265,12 +284,15 @@ def test_augmix_draws_its_operations_levels_and_weights_as_its_paper_says():
     level = v.abs().flatten(1)  # nine draws of an image
     assert all(fits(level[:, k], level_cdf) for k in range(9))
     # one severity for all of them: the largest of nine levels U(0.1, u), then the mean over u
-    largest = level.amax(1)
-    assert fits(largest, lambda q: np.mean([stats.uniform(0.1, u - 0.1).cdf(q) ** 9 for u in range(1, 11)], axis=0))
+    largest, severities = level.amax(1), range(1, 11)
+    assert fits(
+        largest, lambda q: np.mean([stats.uniform(0.1, u - 0.1).cdf(q) ** 9 for u in severities], 0)
+    )
     assert not fits(largest, lambda q: level_cdf(q) ** 9)  # a severity per operation
     assert independent(largest[1:], largest[:-1])  # another severity for each image
     assert fits(m, "uniform")
-    assert all(fits(w, stats.beta(1, 2).cdf) for w in weights.unbind(1))  # the margins of a flat Dirichlet of three
+    # the margins of a flat Dirichlet distribution of three weights
+    assert all(fits(w, stats.beta(1, 2).cdf) for w in weights.unbind(1))
     assert fits(weights[:, 0] / (weights[:, 0] + weights[:, 1]), "uniform")
     torch.testing.assert_close(weights.sum(1), torch.ones(3000))
 
@@ -288,35 +310,69 @@ def test_equal_seeds_give_equal_outputs_also_under_autocast_and_others_do_not():
     images = sample_images()[:30]
     expected = all_functions(images, 19)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert all(torch.equal(a, b) for a, b in zip(expected, all_functions(images, 19), strict=True))
-    assert not any(torch.equal(a, b) for a, b in zip(expected, all_functions(images, 20), strict=True))
+        again = all_functions(images, 19)
+    assert all(torch.equal(a, b) for a, b in zip(expected, again, strict=True))
+    others = all_functions(images, 20)
+    assert not any(torch.equal(a, b) for a, b in zip(expected, others, strict=True))
 
 
-def test_pieces_for_the_cache_change_no_result(monkeypatch):
+def test_chunks_change_no_result(monkeypatch):
     images = sample_images()[:50]
-    whole = all_functions(images, 23)
+    expected = all_functions(images, 23)
     monkeypatch.setattr(augment, "CHUNK", 7)
-    for a, b in zip(whole, all_functions(images, 23), strict=True):
+    for a, b in zip(expected, all_functions(images, 23), strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
-    assert torch.equal(whole[0], all_functions(images, 23)[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_outputs_keep_shape_dtype_and_range_and_inputs_stay_as_they_were(dtype):
+def test_outputs_keep_shape_dtype_and_range_and_inputs_are_unchanged(dtype):
     x = sample_images()[:30].to(dtype) / 255
     before = x.clone()
     noisy, mixed, mixture = gaussian_noise(x, 0.2), mixed_augmentation(x, 1), augmix(x)
-    assert all(output.shape == x.shape and output.dtype == dtype for output in (noisy, mixed, mixture))
+    for output in (noisy, mixed, mixture):
+        assert (output.shape, output.dtype) == (x.shape, dtype)
     assert min(mixed.min(), mixture.min()) >= 0
     assert max(mixed.max(), mixture.max()) <= 1 + 1e-6
     assert torch.equal(x, before)
 
 
-def test_bad_input_is_named():
+FLOATS = [lambda x: gaussian_noise(x, 0.2), lambda x: mixed_augmentation(x, 1.0), augmix]
+
+
+@pytest.mark.parametrize("function", FLOATS, ids=["gaussian_noise", "mixed_augmentation", "augmix"])
+def test_images_of_another_form_are_refused_with_the_expected_one(function):
+    x = sample_images()[:4] / 255
+    expected = r"; expected floats \(B, 3, H, W\) in \[0, 1\]"
+    for wrong, words in [
+        (x[0], r"torch.float32 \(3, 32, 32\)"),  # without a batch dimension
+        (x[:, :1], r"torch.float32 \(4, 1, 32, 32\)"),
+        (x.permute(0, 2, 3, 1), r"torch.float32 \(4, 32, 32, 3\)"),
+        ((255 * x).to(torch.uint8), r"torch.uint8 \(4, 3, 32, 32\)"),
+        (x * 2 - 1, "values from -1 to 1"),
+        (x * 255, "values from 0 to 255"),
+        (x.where(x > 0.5, math.nan), "values from nan to nan"),
+    ]:
+        with pytest.raises(ValueError, match=f"^images (are|have) {words}{expected}$"):
+            function(wrong)
+
+
+@pytest.mark.parametrize("function", FLOATS)
+def test_images_within_rounding_of_0_and_1_are_accepted_also_none_at_all_and_on_meta(function):
+    x = sample_images()[:4] / 255
+    assert function(x * 1.001 - 0.0005).shape == function(x).shape == x.shape
+    assert function(x[:0]).shape == (0, 3, 32, 32)
+    meta = torch.empty(4, 3, 32, 32, dtype=torch.half, device="meta")
+    assert function(meta).shape == meta.shape
+
+
+def test_bad_levels_are_named():
     images = sample_images()[:4]
-    with pytest.raises(ValueError, match=r"images are torch.float32 \(4, 3, 32, 32\); expected uint8 \(B, 3, H, W\)"):
+    expected = r"images are torch.float32 \(4, 3, 32, 32\); expected uint8 \(B, 3, H, W\)"
+    with pytest.raises(ValueError, match=expected):
         preprocess(images.float(), True)
-    with pytest.raises(ValueError, match=r"levels have shape \(3,\); expected one per image, \(4,\)"):
+    with pytest.raises(
+        ValueError, match=r"levels have shape \(3,\); expected one per image, \(4,\)"
+    ):
         posterize(images, torch.ones(3))
     with pytest.raises(ValueError):  # by torch.distributions
         mixed_augmentation(images / 255, 0.0)
