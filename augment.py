@@ -323,7 +323,7 @@ def apply_operations(images: Tensor, op: Tensor, v: Tensor) -> Tensor:
 
     images uint8 (B, 3, S, S); op and v (B,) on the host.
     """
-    rows, results = [], []
+    rows, results = [op[:0]], [images[:0]]  # torch.cat needs at least one
     for k in op.unique().tolist():
         where = (op == k).nonzero().squeeze(1)
         group = images.index_select(0, where.to(images.device, non_blocking=True))

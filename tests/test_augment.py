@@ -49,7 +49,7 @@ def from_pillow(image: Image.Image) -> torch.Tensor:
 
 
 def sample_images() -> torch.Tensor:
-    """Digits, noise, narrow and wide histograms, constant channels, two levels, one pixel unlike the rest."""
+    """Digits, noise, narrow and wide histograms, constant channels, two levels, one odd pixel."""
     torch.manual_seed(1)
     digits = load_dataset("digits", "data").train_images[:20].long()
     noise = torch.randint(0, 256, (20, 3, 32, 32))
