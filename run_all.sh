@@ -23,8 +23,8 @@
 # SLURM: bash run_all.sh data table3, then an array of 27 jobs, started in this folder, that run
 #   bash run_all.sh list table3 | sed -n "${SLURM_ARRAY_TASK_ID}p" | bash
 
-# shellcheck disable=SC2086 # unquoted variables are lists of words; set -f keeps * in them
-set -eufo pipefail
+# shellcheck disable=SC2086 # unquoted variables are lists of words
+set -euo pipefail
 
 die() {
   echo "run_all.sh: $*" >&2

@@ -52,14 +52,15 @@ def project(tmp_path: Path, root: Path) -> Path:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(root / name, folder / name)
     (folder / "bin").mkdir()
+    (folder / "a venv").mkdir()
     for tool in TOOLS:
         (folder / "bin" / tool).symlink_to(shutil.which(tool))
-    program(folder / "bin/py thon", PYTHON)
+    program(folder / "a venv/python", PYTHON)
     return folder
 
 
 def variables(project: Path, changes: dict[str, str]) -> dict[str, str]:
-    python, calls = str(project / "bin/py thon"), str(project / "calls")
+    python, calls = str(project / "a venv/python"), str(project / "calls")
     return {"PATH": str(project / "bin"), "PYTHON": python, "CALLS": calls, **changes}
 
 
@@ -70,6 +71,7 @@ def bash(project: Path, *words: str, **changes: str) -> subprocess.CompletedProc
     return subprocess.run(
         ["bash", project / words[0], *words[1:]],
         env=variables(project, changes),
+        cwd=project.parent,
         capture_output=True,
         text=True,
         timeout=60,
@@ -155,14 +157,15 @@ def test_nine_is_a_part_of_its_own(project: Path) -> None:
 
 
 def test_settings_reach_the_commands(project: Path) -> None:
-    settings = {"SEEDS": "7 3", "ROOT": "a b/r*", "PYTHON": "/c d/python", "DEVICE": "cpu"}
+    settings = {"SEEDS": "7 3", "ROOT": "a b/r;*", "PYTHON": "c d/python", "DEVICE": "cpu"}
     lines = commands(project, "headline", **settings, FLAGS="--epochs 1 --n 2")
     assert [words[words.index("--seed") + 1] for words in lines] == list("777333")
-    folder = "a b/r*/cifar10/resnet18/standard/seed7"
+    folder = "a b/r;*/cifar10/resnet18/standard/seed7"
+    python = f"{project.parent}/c d/python"  # seen from the caller's folder
     assert " ".join(lines[0]) == (
-        "/c d/python train.py --dataset cifar10 --arch resnet18 --method standard --seed 7"
+        f"{python} train.py --dataset cifar10 --arch resnet18 --method standard --seed 7"
         f" --device cpu --epochs 1 --n 2 --out {folder} --resume && {{ [ -e {folder}/results.json ]"
-        f" || /c d/python evaluate.py {folder} --device cpu; }}"
+        f" || {python} evaluate.py {folder} --device cpu; }}"
     )
 
 
@@ -267,6 +270,16 @@ def test_failed_and_killed_runs_are_named_after_the_tables_and_repeated(project:
     ]
 
 
+def test_a_run_whose_folder_cannot_be_made_does_not_stop_the_others(project: Path) -> None:
+    (project / "runs/cifar10/resnet18").mkdir(parents=True)
+    (project / "runs/cifar10/resnet18/standard").touch()
+    done = bash(project, "headline", SEEDS="0", DEVICE="cpu")
+    assert done.returncode == 1
+    assert "[3/3] runs/cifar10/resnet18/magnma/seed0: finished" in done.stdout
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith("failed: runs/cifar10/resnet18/standard/seed0: ")
+
+
 @pytest.mark.parametrize(("visible", "used"), [("5,GPU-3,9", {"5", "GPU-3"}), (None, {"0", "1"})])
 def test_runs_in_parallel_have_a_gpu_each(project: Path, visible: str, used: set[str]) -> None:
     program(project / "bin/nvidia-smi", 'echo "0\n1"')
@@ -351,7 +364,7 @@ def test_ctrl_c_and_the_printed_kill_end_all_trainings(project: Path, stop: str)
 def test_every_failure_shows_in_the_exit_code_of_test(project: Path, broken: str) -> None:
     stub = 'echo "- - - - ${0##*/} $*" >>"$CALLS"; [[ ${0##*/} != "$BROKEN" ]]'
     for name in ("ruff", "shellcheck"):
-        program(project / "bin" / name, stub)
+        program(project / "a venv" / name, stub)  # beside PYTHON, where pip puts them
     assert bash(project, "test", BROKEN=broken).returncode == (1 if broken else 0)
     *checks, tests = calls(project)
     assert [" ".join(words[4:]) for words in checks] == [
