@@ -58,6 +58,7 @@ RUNS = (  # network, method, whether train.py recomputes it by default
     ("inceptionv3", "magnma", True),
 )
 EPOCHS, IMAGES = 150, 50_000  # of the hours: the paper's run on CIFAR
+PICTURES = 250  # for augmentation, corruptions and evaluation
 
 
 # Augmentation, the usual way
@@ -257,8 +258,8 @@ def main(argv: list[str] | None = None) -> None:
     about = utils.provenance(device) | precision | {"load_before": load}
 
     utils.seed("benchmark")
-    images = torch.randint(0, 256, (max(250, batch), 3, 32, 32), dtype=torch.uint8)
-    u8, images = images[:batch].to(device), images[:250]
+    images = torch.randint(0, 256, (max(PICTURES, batch), 3, 32, 32), dtype=torch.uint8)
+    u8, images = images[:batch].to(device), images[:PICTURES]
     trained, skipped = [], []
     runs = [run for run in RUNS if gpu or run[0] == "resnet18"]
     for run in runs:

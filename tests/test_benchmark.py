@@ -1,4 +1,4 @@
-"""benchmark.py: both pipelines make the same copies; operations are counted; the script with a tiny budget.
+"""benchmark.py: both pipelines make the same copies, operations are counted, the script runs.
 
 Its Pillow operations are those that tests/test_augment.py compares augment.py with.
 """
@@ -10,47 +10,85 @@ import pytest
 import torch
 
 import benchmark
+import train
+import utils
 from models import build_model
 
 
 @pytest.mark.parametrize(("method", "count"), [("standard", 1), ("augmix", 3), ("magnma", 11)])
-def test_both_pipelines_make_the_same_number_of_copies_with_the_same_statistics(method, count):
+def test_both_pipelines_make_the_same_copies(method, count):
     rng = np.random.default_rng(0)
     torch.manual_seed(0)
     images = torch.randint(0, 256, (20, 3, 32, 32), dtype=torch.uint8).repeat(15, 1, 1, 1)
+    arrays = images.permute(0, 2, 3, 1).numpy()
     ours = torch.stack(benchmark.ours(method, images), 1)
-    usual = torch.stack([torch.stack(benchmark.usual(method, x.permute(1, 2, 0).numpy(), rng)) for x in images])
+    usual = torch.stack([torch.stack(benchmark.usual(method, a, rng)) for a in arrays])
     assert ours.shape == usual.shape == (300, count, 3, 32, 32)
-    for made in (ours, usual):
-        inside = (made >= 0).logical_and(made <= 1).flatten(2).all(2).all(0).sum()
+    for copies in (ours, usual):
+        inside = (copies >= 0).logical_and(copies <= 1).flatten(2).all(2).all(0).sum()
         assert inside == (6 if method == "magnma" else count)  # only noise leaves [0, 1]
 
-    def moved(copies):  # how far the copies are from their image, sorted so that the copies' order does not count
+    def moved(copies: torch.Tensor) -> torch.Tensor:
+        """The copies' mean distances from their image, sorted: their order does not matter."""
         return (copies[:, 1:] - copies[:, :1]).square().mean((0, 2, 3, 4)).sort().values
 
-    if count > 1:
-        torch.testing.assert_close(moved(ours), moved(usual), rtol=0.2, atol=0)
+    torch.testing.assert_close(moved(ours), moved(usual), rtol=0.2, atol=0)
 
 
 def test_operations_of_resnet18_are_those_of_its_convolutions_and_layers():
-    later = 64 * 128 * 9 * 256 + 3 * 128 * 128 * 9 * 256 + 64 * 128 * 256  # the same in each of stages 2, 3, 4
-    first, forward = 3 * 64 * 9 * 1024, 3 * 64 * 9 * 1024 + 4 * 64 * 64 * 9 * 1024 + 3 * later + 512 * 10
+    later = 64 * 128 * 9 * 256 + 3 * 128 * 128 * 9 * 256 + 64 * 128 * 256  # stages 2, 3, 4 each
+    first = 3 * 64 * 9 * 1024
+    forward = first + 4 * 64 * 64 * 9 * 1024 + 3 * later + 512 * 10
     assert round(forward / 1e9, 2) == 0.56
-    # a multiply-and-add is two operations; backward is twice forward, but for the gradient of the training images
+    # a multiply-add is two operations; backward costs two forward passes, less the gradient of x
     assert benchmark.cost("resnet18", "standard") == (1, 2 * (3 * forward - first))
     assert benchmark.cost("resnet18", "at") == (8, 2 * (7 * 2 * forward + 3 * forward - first))
 
 
-def test_the_whole_script(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(benchmark, "build_model", lambda arch, classes: build_model("resnet20", classes))  # small
-    benchmark.main(["--device", "cpu", "--batch-size", "1", "--seconds", "0.01", "--out", str(tmp_path / "b.json")])
-    report, table = json.loads((tmp_path / "b.json").read_text()), capsys.readouterr().out
-    assert {"device", "versions", "commit", "precision", "threads"} <= report.keys()
-    assert [len(report[k]) for k in ("augmentation", "corruptions", "evaluation", "training")] == [3, 1, 1, 10]
-    for row in report["training"][:7]:
-        assert row["hours"] == pytest.approx(150 * 50_000 / row["cpu images/s"] / 3600)
-        assert row["passes/s"] == pytest.approx(row["cpu images/s"] * row["passes"])
-        assert row["% of matmul"] * row["matmul GFLOP/s"] == pytest.approx(100 * row["GFLOP"] * row["cpu images/s"])
-    assert [row["passes"] for row in report["training"][:7]] == [1, 8, 10, 1, 1, 3, 11]
-    assert {row["cuda images/s"] for row in report["training"]} == {None}
-    assert table.count("not run") == 3 + 1 + 7 * 2 + 3 * 7
+def test_recomputation_is_that_of_train_by_default():
+    for arch, method, recomputed in benchmark.RUNS:
+        assert train.parse_args(["--arch", arch, "--method", method]).recompute == recomputed
+
+
+def test_the_script(tmp_path, capsys, monkeypatch):
+    small, steps = build_model("resnet20", 10), []
+    monkeypatch.setattr(benchmark, "PICTURES", 10)
+    monkeypatch.setattr(benchmark, "build_model", lambda arch, classes: small)
+    monkeypatch.setattr(benchmark, "cost", lambda arch, method: steps.append(method) or (2, 10**9))
+    out = tmp_path / "new" / "b.json"
+    flags = ["--device", "cpu", "--batch-size", "1", "--seconds", "0.01", "--out", str(out)]
+    benchmark.main(flags)
+    report, printed = json.loads(out.read_text()), capsys.readouterr().out
+    assert {"device", "versions", "commit", "precision", "batch_size"} < report.keys()
+    assert [row["images for"] for row in report["augmentation"]] == ["standard", "augmix", "magnma"]
+    assert steps == [row["method"] for row in report["training"]]
+    for row in report["training"]:
+        assert row["hours"] == pytest.approx(150 * 50_000 / row["images/s"] / 3600)
+        assert row["passes/s"] == pytest.approx(2 * row["images/s"])
+    line = printed.splitlines()[-1]
+    assert line.startswith(f"{report['device']}, torch {torch.__version__}, off, batch 1; ")
+    assert line.count("resnet18") == line.count(" h") == 7
+
+
+@pytest.mark.parametrize("out", ["", "file/b.json"])
+def test_an_out_that_cannot_be_written_is_named_before_measuring(out, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(benchmark, "training", None)
+    with pytest.raises(utils.UserError, match=r"^--out .*(not a file|cannot write)"):
+        benchmark.main(["--device", "cpu", "--out", str(tmp_path / out)])
+
+
+def test_a_run_that_does_not_fit_is_named(tmp_path, capsys, monkeypatch):
+    def training(arch: str, method: str, *_: object) -> dict:
+        if method == "magnma":
+            raise torch.OutOfMemoryError
+        return {"network": arch, "method": method, "images/s": 9.0, "hours": 1.0, "GPU MiB": 7.0}
+
+    monkeypatch.setattr(benchmark, "training", training)
+    monkeypatch.setattr(
+        benchmark, "seconds_of", lambda functions, *_, **__: {k: [1.0] for k in functions}
+    )
+    benchmark.main(["--device", "cpu", "--out", str(tmp_path / "b.json")])
+    printed = capsys.readouterr().out
+    assert "skipped, out of memory: resnet18 magnma. Try a smaller --batch-size" in printed
+    assert "resnet18 standard 9/s 1.00 h 7 MiB; resnet18 at 9/s" in printed.splitlines()[-1]
