@@ -19,7 +19,6 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 from tabulate import tabulate
 
 import utils
@@ -126,20 +125,21 @@ def check(content: dict) -> None:
             cells = [e["clean"], *(cell for cells in sets.values() for cell in cells)]
             values = [cell[score] for cell in cells for score in SCORES]
             values += [e["mca"], *(e[f"corrupt_{score}"] for score in SCORES[1:])]
+            if not isinstance(e["epoch"], int):
+                raise UserError("its epoch has the wrong type")
             if not all(0 <= value <= 100 for value in values):  # NaN fails
                 raise UserError("one of its numbers is not a percentage")
             if any(len(cells) != 5 for cells in sets.values()):
                 raise UserError("a corruption does not have 5 severities")
-            mca = np.mean([cell["accuracy"] for name in CORRUPTIONS for cell in sets[name]])
+            mca = statistics.fmean(c["accuracy"] for name in CORRUPTIONS for c in sets[name])
             if not abs(mca - e["mca"]) < 0.01:
                 raise UserError(
                     f"its mCA is {e['mca']}, but its 90 accuracies have the mean {mca:.2f}"
                 )
-            if any(np.shape(e["reliability"][kind])[1:] != (3,) for kind in ("clean", "corrupt")):
+            bins = [*e["reliability"]["clean"], *e["reliability"]["corrupt"]]
+            if any(len(numbers) != 3 for numbers in bins):
                 raise UserError("its reliability diagrams do not have 3 numbers per bin")
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"it is not of the form that evaluate.py writes now ({error!r})") from None
 
 
@@ -158,7 +158,7 @@ def group_runs(runs: dict[Path, dict]) -> list[Group]:
     return list(groups.values())
 
 
-# One group: its numbers, its column, what was done unlike the paper
+# One group: its numbers, its column, how it departs from the paper
 
 
 def evaluations(group: Group, checkpoint: str) -> dict[int, dict]:
@@ -203,7 +203,7 @@ def column_of(group: Group) -> str:
 
 
 def departures(group: Group) -> list[str]:
-    """What was done unlike the paper, in words or as train.py's flags."""
+    """How these runs depart from the paper, in words or as train.py's flags."""
     shared, run = group.shared, next(iter(group.seeds.values()))
     found, said = dict(run["departures"]), []
     if run["ran"]["data_source"] != "official":
@@ -360,7 +360,7 @@ def row_head(number: str, dataset: str, arch: str, name: str) -> list[str]:
 
 
 def table_notes(placed: dict[Place, list[Group]], checkpoint: str) -> list[str]:
-    """What was done unlike the paper, by the columns that it holds for, and what is not shown."""
+    """How the runs of which columns depart from the paper, and which runs are not shown."""
     if not placed:
         return ["no runs of these data sets and networks. Name others with --dataset and --arch"]
     columns_of, further = {}, []

@@ -363,3 +363,11 @@ def test_the_committed_results_are_sound(capsys):
     rows, text = github(capsys, ROOT / "results")
     assert ["digits", "resnet20", "magnma", "0", "8", "off", "1437/360"] in [r[:7] for r in rows]
     assert "not shown" not in text
+
+
+def test_what_evaluate_writes_is_read(home, capsys):
+    rows, _ = github(capsys, home / "runs", "--checkpoint", "last")
+    assert rows[1][:7] == ["tiny", "resnet20", "magnma", "0", "2", "off", "70/20"]
+    text = show(capsys, home / "runs", "--table", "3", "--dataset", "tiny", "--arch", "resnet20")
+    want = "all: data: digits, enlarged; generated corruptions; 70 training images; --epochs 2;"
+    assert f"{want} --batch-size 32; --eval-every 1; --n 1; 1 of 3 seeds" in text
