@@ -19,6 +19,7 @@ import importlib.metadata
 import io
 import itertools
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
@@ -497,22 +498,22 @@ def generate(
         with atomic_write(folder / "labels.npy") as file:
             np.save(file, np.tile(labels.astype(smallest), 5))
     starts = range(0, len(images), CHUNK)
-    tasks = (
-        joblib.delayed(corrupt)(images[i : i + CHUNK], name, severity, record["seed"], i)
-        for name, severity, i in itertools.product(names, range(1, 6), starts)
-    )
-    parallel = joblib.Parallel(workers, return_as="generator", batch_size=1, max_nbytes=None)
-    total = len(names) * 5 * len(images)
+    count = 5 * len(images)
     try:
-        with tqdm(total=total, unit="image", unit_scale=True, disable=None) as bar:
-            corrupted = parallel(tasks)
+        with (
+            joblib.Parallel(
+                workers, batch_size=1, max_nbytes=None, initializer=start_worker
+            ) as parallel,
+            tqdm(total=count * len(names), unit="image", unit_scale=True, disable=None) as bar,
+        ):
             for name in names:
-                chunks = []
-                for chunk in itertools.islice(corrupted, 5 * len(starts)):
-                    chunks.append(chunk)
-                    bar.update(len(chunk))
+                corrupted = parallel(
+                    joblib.delayed(corrupt)(images[i : i + CHUNK], name, k, record["seed"], i)
+                    for k, i in itertools.product(range(1, 6), starts)
+                )
                 with atomic_write(folder / f"{name}.npy") as file:
-                    np.save(file, np.concatenate(chunks))
+                    np.save(file, np.concatenate(corrupted))
+                bar.update(count)
                 tqdm.write(f"{name}: done")
     except BrokenProcessPool:
         raise UserError(
@@ -520,6 +521,11 @@ def generate(
             " with a smaller --workers it needs less memory"
         ) from None
     return len(names)
+
+
+def start_worker() -> None:
+    """Ctrl-C in a terminal reaches all processes: the parent reacts, and ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def download(folder: Path, url: str, md5: str) -> None:
