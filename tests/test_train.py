@@ -387,7 +387,7 @@ def test_without_a_terminal_there_is_a_line_for_every_epoch(run, capsys, monkeyp
     run("--epochs", 4, "--eval-every", 3)
     lines, bars = capsys.readouterr()
     epochs = [line.split()[1] for line in lines.splitlines() if line.startswith("epoch ")]
-    assert epochs == ["1/4", "3/4", "4/4"] if terminal else ["1/4", "2/4", "3/4", "4/4"]
+    assert epochs == (["1/4", "3/4", "4/4"] if terminal else ["1/4", "2/4", "3/4", "4/4"])
     assert ("epoch 2/4" in bars) is terminal  # the progress bar
     assert lines.splitlines()[0].startswith("run: gn, resnet20, tiny (digits, enlarged), ")
     assert lines.splitlines()[-1] == "evaluate it: python evaluate.py run"
