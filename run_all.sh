@@ -118,7 +118,7 @@ case $part in
   demo) rows=headline tables="" ;;
   *) die "unknown part '$part'. The first lines of run_all.sh list the parts" ;;
 esac
-(($# <= 1)) && [[ $mode != test || $# == 0 ]] || die "too many words: '$*'. Its first lines show how it is called"
+(($# <= 1)) && [[ $mode != test || $# == 0 ]] || die "too many words: '$*'. The first lines of run_all.sh show its use"
 if [[ $part == demo ]]; then # 8 epochs of 44 batches: digits has 1,437 training images
   SEEDS=${SEEDS:-0} GPUS=${GPUS:-2} ROOT=${ROOT:-runs-demo} DEVICE=${DEVICE:-cpu}
   FLAGS="--epochs 8 --batch-size 32 --lr 0.02 --n 1 --eval-every 8 ${FLAGS:-}"
@@ -134,15 +134,15 @@ for flag in $FLAGS; do
     die "FLAGS cannot have ${flag%%=*}: run_all.sh sets this flag itself"
 done
 [[ -z $FLAGS || $(realpath -m "$ROOT") != "$(realpath -m runs)" ]] ||
-  die "with FLAGS the runs are not the paper's. Name another folder than runs, as ROOT=runs-quick"
+  die "FLAGS change the paper's runs. Choose another folder than runs, as ROOT=runs-quick"
 [[ $mode != list ]] || { commands | cut -f 2- && exit; }
-[[ $mode != run ]] || { mkdir -p "$ROOT" && [[ -w $ROOT ]]; } 2>/dev/null || die "cannot write to ROOT=$ROOT"
 if [[ $mode == run && $DEVICE == cuda ]]; then
   visible=${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null)} || true
   gpus=$(tr , '\n' <<<"$visible" | grep -cE '^([0-9]|GPU-|MIG-)') || true
   ((gpus > 0)) || die "no NVIDIA GPU found. DEVICE=cpu trains on the CPU"
   ((GPUS <= gpus)) || die "GPUS=$GPUS is more than the $gpus that CUDA_VISIBLE_DEVICES or nvidia-smi shows"
 fi
+[[ $mode != run ]] || { mkdir -p "$ROOT" && [[ -w $ROOT ]]; } 2>/dev/null || die "cannot write to ROOT=$ROOT"
 
 if [[ -z ${PYTHON:-} ]]; then
   bash setup.sh
