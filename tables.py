@@ -434,10 +434,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         choices=(*PAPER["tables"], "all"),
         help="a table of the paper, beside its numbers",
     )
-    flag("--dataset", help="shown in place of CIFAR-10 (Table 4: CIFAR-100); in the list, alone")
-    flag("--arch", help="shown in place of ResNet-18; in the list, alone")
+    flag("--dataset", help="shown in place of CIFAR-10 (Table 4: CIFAR-100); list: only it")
+    flag("--arch", help="shown in place of ResNet-18; list: only it")
     flag("--checkpoint", choices=("best", "last"), default="best", help="the paper reports best")
-    flag("--format", choices=("text", "github", "latex"), default="text", help="latex: booktabs")
+    flag(
+        "--format", choices=("text", "github", "latex"), default="text", help="latex uses booktabs"
+    )
     flag("--csv", action="store_true", help="every number of both checkpoints, one per row")
     args = parser.parse_args(argv)
     if args.csv and args.table:
