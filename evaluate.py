@@ -261,6 +261,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def load_test_set(args: argparse.Namespace, run: dict) -> tuple[Dataset, bool]:
+    """The test set to evaluate on, and whether it is the run's own. Raises UserError if unfit."""
+    dataset = load_dataset(args.dataset or run["ran"]["dataset"], args.data, need_train=False)
+    own = data.data_sha256(dataset) == run["recipe"]["data_sha256"]
+    if not own and not args.dataset:
+        raise UserError(
+            f"{run['ran']['dataset']} does not hold the images that {args.run} was trained on."
+            " Name their file with --dataset"
+        )
+    classes, trained = len(dataset.classes), run["recipe"]["classes"]
+    if classes != trained:
+        raise UserError(f"--dataset {args.dataset} has {classes} classes, not the run's {trained}")
+    images = len(dataset.test_images)
+    if args.limit is not None and args.limit > images:
+        raise UserError(f"--limit {args.limit}: {dataset.name} has {images} test images")
+    return dataset, own
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     folder, device = Path(args.run), utils.pick_device(args.device)
@@ -273,38 +291,17 @@ def main(argv: list[str] | None = None) -> None:
     run = saved[wanted[0]]
     recipe = run["recipe"]
 
-    dataset = load_dataset(args.dataset or run["ran"]["dataset"], args.data, need_train=False)
-    own = data.data_sha256(dataset) == recipe["data_sha256"]
-    if not own and not args.dataset:
-        raise UserError(
-            f"{run['ran']['dataset']} does not hold the images that {folder} was trained on."
-            " Name their file with --dataset"
-        )
-    if not own and len(dataset.classes) != recipe["classes"]:
-        raise UserError(
-            f"--dataset {args.dataset} has {len(dataset.classes)} classes, not the run's"
-            f" {recipe['classes']}"
-        )
-    if args.limit is not None and args.limit > len(dataset.test_images):
-        images = len(dataset.test_images)
-        raise UserError(f"--limit {args.limit}: {dataset.name} has {images} test images")
-
+    dataset, own = load_test_set(args, run)
     out = args.out and Path(args.out)
     if own and not args.clean and not args.limit and not args.out:
         out = folder / "results.json"
         if len(wanted) < 2 and out.exists():
             out = None  # it may hold both checkpoints
     if out:
-        if out.exists() and not out.is_file():
-            raise UserError(f"--out {out} is not a file. Name the file to write")
-        try:
-            utils.make_folder(out.parent)
-        except UserError as error:
-            raise UserError(f"{error}. Name a file elsewhere with --out") from None
+        utils.check_out(out)
 
-    dtype = utils.amp_dtype(
-        "off" if args.amp == "auto" and recipe["amp"] == "off" else args.amp, device
-    )
+    in_float32 = args.amp == "auto" and recipe["amp"] == "off"
+    dtype = None if in_float32 else utils.amp_dtype(args.amp, device)
     ensemble = {}
     if recipe["method"] == "rse":
         ensemble = {"noise_sigma": recipe["rse_sigma"], "samples": recipe["rse_samples"]}
@@ -324,12 +321,11 @@ def main(argv: list[str] | None = None) -> None:
             seed=run["seed"],
             **ensemble,
         )
+    source = None if args.clean else data.corruption_source(dataset.name, args.data)
     results = {
         **{key: run[key] for key in CONFIG},
         "evaluation": {
-            "corruption_source": None
-            if args.clean
-            else data.corruption_source(dataset.name, args.data),
+            "corruption_source": source,
             "test_sha256": data.images_sha256(dataset.test_images),
             "test_images": args.limit or len(dataset.test_images),
             "amp": utils.amp_name(dtype),

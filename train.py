@@ -199,8 +199,10 @@ def departures_of(recipe: dict) -> dict:
 
 def describe_differences(saved: dict, recipe: dict) -> str:
     """How a saved run's recipe differs from this one, e.g. `--lr 0.1, not 0.5`, or nothing."""
-    words = []
-    for name in {**saved, **recipe}:
+    words, names = [], {**saved, **recipe}
+    if saved.get("method") != recipe["method"]:
+        names = ["method"]  # the hyperparameters differ with it
+    for name in names:
         if saved.get(name) == recipe.get(name):
             continue
         if name == "data_sha256":

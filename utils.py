@@ -137,9 +137,17 @@ def make_folder(folder: str | Path) -> None:
         probe.touch()
         probe.unlink()
     except FileExistsError:
-        raise UserError(f"cannot write to {folder}: it is a file") from None
+        raise UserError(f"cannot write to {folder}: it is a file. Choose another --out") from None
     except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}") from None
+        why = error.strerror
+        raise UserError(f"cannot write to {folder}: {why}. Choose another --out") from None
+
+
+def check_out(path: Path) -> None:
+    """Raise UserError unless the file of --out can be written: before the work, not after it."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"--out {path} is not a file. Name the file to write")
+    make_folder(path.parent)
 
 
 @contextmanager

@@ -452,7 +452,7 @@ def test_another_test_set_is_evaluated_without_training_images(run):
 def test_a_place_that_cannot_be_written_is_found_out_before_any_prediction(refused):
     Path("file").touch()
     line = refused("--out", "file/out.json")
-    assert "cannot write to file: it is a file. Name a file elsewhere with --out" in line
+    assert "cannot write to file: it is a file. Choose another --out" in line
     assert "cannot write to /proc/self: " in refused("--out", "/proc/self/out.json")  # root too
     assert "--out data is not a file. Name the file to write" in refused("--out", "data")
     shutil.copytree("data", "copy")  # the run's own results.json
