@@ -534,7 +534,7 @@ def start_worker() -> None:
 def download(folder: Path, url: str, md5: str) -> None:
     """Fetch the official archive and add the files that `folder` lacks.
 
-    A new folder gets an official.json of url and md5. Raises UserError if anything fails.
+    A new folder gets an official.json of url and md5. Raises UserError on any failure.
     """
     from utils import UserError, torchvision, write_json
 
@@ -542,13 +542,13 @@ def download(folder: Path, url: str, md5: str) -> None:
     fetch = torchvision.datasets.utils.download_and_extract_archive
     try:
         fetch(url, archive.parent, unpacked, archive.name, md5, remove_finished=True)
-        if folder.exists():
+        if folder.is_dir() and any(folder.iterdir()):
             for file in (unpacked / folder.name).iterdir():
                 if not (folder / file.name).exists():
                     shutil.move(file, folder)
         else:
             write_json(unpacked / folder.name / "official.json", {"url": url, "md5": md5})
-            (unpacked / folder.name).rename(folder)  # so the new folder is complete at once
+            (unpacked / folder.name).rename(folder)  # all files appear at once
     except Exception as error:  # network, disk and archive can raise nearly anything
         raise UserError(
             f"downloading {url} failed ({error}). Try again, or fetch it by hand to {archive}"

@@ -164,7 +164,7 @@ def _load_npz(path: Path, need_train: bool) -> Dataset:
         name = f" ({names[absent[0]]})" if "classes" in arrays else ""
         raise UserError(
             f"{path}: class {absent[0]}{name} has no training image. Number the classes"
-            " 0, 1, 2, ... without gaps, alike in train_labels and test_labels"
+            " 0, 1, 2, ... without gaps, in train_labels and in test_labels"
         )
     return Dataset(
         path.stem,

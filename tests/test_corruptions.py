@@ -1,10 +1,10 @@
-"""corruptions.py against per-image loops written from the benchmark's definition, and the folder that it writes."""
+"""corruptions.py against loops over single images, and the folders that it makes or downloads."""
 
 import colorsys
+import dataclasses
 import functools
 import hashlib
 import importlib.metadata
-import importlib.util
 import io
 import itertools
 import json
@@ -28,6 +28,7 @@ from PIL import Image
 import corruptions
 import data
 from corruptions import corrupt, uniform
+from utils import UserError
 
 ppf = scipy.stats.norm.ppf
 
@@ -36,12 +37,15 @@ ppf = scipy.stats.norm.ppf
 def pictures():
     """uint8 (9, 32, 32, 3): smooth ones, noise, and flat black, white and grey."""
     rng = np.random.default_rng(0)
-    smooth = scipy.ndimage.gaussian_filter(rng.normal(size=(5, 32, 32, 3)), (0, 3, 3, 0), mode="wrap")
+    smooth = rng.normal(size=(5, 32, 32, 3))
+    smooth = scipy.ndimage.gaussian_filter(smooth, (0, 3, 3, 0), mode="wrap")
     flat = [np.full((32, 32, 3), level, np.uint8) for level in (0, 255, 100)]
-    return np.stack([*to_bytes(0.5 + 1.5 * smooth), rng.integers(0, 256, (32, 32, 3), np.uint8), *flat])
+    noise = rng.integers(0, 256, (32, 32, 3), np.uint8)
+    return np.stack([*to_bytes(0.5 + 1.5 * smooth), noise, *flat])
 
 
-# The definition, for one image: x float (32, 32, 3) in [0, 1], its constants, its uniform draws -> unclipped float
+# The definition, for one image: x float (32, 32, 3) in [0, 1], its constants c, its uniform draws u
+# -> unclipped float
 
 
 def to_bytes(y):
@@ -69,13 +73,36 @@ def moved(image, radius, sigma, angle):
 def zoomed(image, factor):
     crop = math.ceil(32 / factor)
     top = (32 - crop) // 2
-    image = scipy.ndimage.zoom(image[top : top + crop, top : top + crop], (factor, factor, 1)[: image.ndim], order=1)
+    image = image[top : top + crop, top : top + crop]
+    image = scipy.ndimage.zoom(image, (factor, factor, 1)[: image.ndim], order=1)
     trim = (len(image) - 32) // 2
     return image[trim : trim + 32, trim : trim + 32]
 
 
 def hsv(x, change):
-    return np.array([[colorsys.hsv_to_rgb(*change(*colorsys.rgb_to_hsv(*pixel))) for pixel in row] for row in x])
+    pixels = [colorsys.hsv_to_rgb(*change(*colorsys.rgb_to_hsv(*v))) for v in x.reshape(-1, 3)]
+    return np.reshape(pixels, x.shape)
+
+
+def gaussian_noise(x, c, u):
+    return x + ppf(u, scale=c).reshape(x.shape)
+
+
+def shot_noise(x, c, u):
+    return scipy.stats.poisson.ppf(u.reshape(x.shape), x * c) / c
+
+
+def impulse_noise(x, c, u):
+    u = u.reshape(x.shape)
+    return np.select([u < c / 2, u < c], [0, 1], x)
+
+
+def speckle_noise(x, c, u):
+    return x + x * ppf(u, scale=c).reshape(x.shape)
+
+
+def gaussian_blur(x, c, u):
+    return smoothed(x, c)
 
 
 def glass_blur(x, c, u):
@@ -88,24 +115,40 @@ def glass_blur(x, c, u):
 
 
 def defocus_blur(x, c, u):
-    disk = np.array([[float(i * i + j * j <= c[0] ** 2) for j in range(-8, 9)] for i in range(-8, 9)])
+    grid = range(-8, 9)
+    disk = np.array([[float(i * i + j * j <= c[0] ** 2) for j in grid] for i in grid])
     small = np.array([math.exp(-(i**2) / (2 * c[1] ** 2)) for i in (-1, 0, 1)])
-    kernel = scipy.ndimage.convolve(disk / disk.sum(), np.outer(small, small) / small.sum() ** 2, mode="constant")
-    return np.stack([scipy.ndimage.correlate(x[..., k], kernel, mode="mirror") for k in range(3)], axis=-1)
+    small = np.outer(small, small) / small.sum() ** 2
+    kernel = scipy.ndimage.convolve(disk / disk.sum(), small, mode="constant")
+    channels = [scipy.ndimage.correlate(y, kernel, mode="mirror") for y in np.moveaxis(x, 2, 0)]
+    return np.stack(channels, axis=-1)
+
+
+def motion_blur(x, c, u):
+    return moved(to_bytes(x), *c, angle=-45 + 90 * u[0])
+
+
+def zoom_blur(x, c, u):
+    factors = np.arange(1, c, 0.01)  # its round-off is the published one
+    assert len(factors) in (7, 12, 16, 21, 26)
+    return (x + sum(zoomed(x, factor) for factor in factors)) / (len(factors) + 1)
 
 
 def snow(x, c, u):
-    layer = zoomed(ppf(u[1:], c[0], c[1]).reshape(32, 32), c[2])
-    layer = moved(to_bytes(np.where(layer < c[3], 0, layer)), c[4], c[5], angle=-135 + 90 * u[0])[..., None]
-    gray = 0.299 * x[..., :1] + 0.587 * x[..., 1:2] + 0.114 * x[..., 2:]
-    return c[6] * x + (1 - c[6]) * np.maximum(x, 1.5 * gray + 0.5) + layer + np.rot90(layer, 2)
+    layer = zoomed(ppf(u[1:], c[0], c[1]).reshape(32, 32, 1), c[2])
+    layer = moved(to_bytes(np.where(layer < c[3], 0, layer)), c[4], c[5], angle=-135 + 90 * u[0])
+    grey = 0.299 * x[..., :1] + 0.587 * x[..., 1:2] + 0.114 * x[..., 2:]
+    return c[6] * x + (1 - c[6]) * np.maximum(x, 1.5 * grey + 0.5) + layer + np.rot90(layer, 2)
 
 
 def frost(x, c, u):
-    folder = Path(importlib.metadata.distribution("imagecorruptions").locate_file("imagecorruptions")) / "frost"
+    package = importlib.metadata.distribution("imagecorruptions")
+    folder = Path(package.locate_file("imagecorruptions")) / "frost"
     path = next(folder.glob(f"frost{1 + math.floor(5 * u[0])}.*"))
-    photograph = cv2.resize(cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB), None, fx=0.2, fy=0.2)
-    top, left = (math.floor(v * (size - 32)) for v, size in zip(u[1:], photograph.shape, strict=False))
+    photograph = cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB)
+    photograph = cv2.resize(photograph, None, fx=0.2, fy=0.2)
+    height, width, _ = photograph.shape
+    top, left = math.floor(u[1] * (height - 32)), math.floor(u[2] * (width - 32))
     return c[0] * x + c[1] * photograph[top : top + 32, left : left + 32] / 255
 
 
@@ -113,10 +156,10 @@ def fog(x, c, u):
     p, chance, wibble, step = np.zeros((32, 32)), iter(u), 100.0, 32
     while step >= 2:
         half = step // 2
-        # The centres of all squares first, then the middles of their upper and then of their left sides.
-        for down, right in ((half, half), (0, half), (half, 0)):
-            square, diamond = itertools.product((-half, half), repeat=2), [(-half, 0), (half, 0), (0, -half), (0, half)]
-            near = list(square) if down and right else diamond
+        square = list(itertools.product((-half, half), repeat=2))
+        diamond = [(-half, 0), (half, 0), (0, -half), (0, half)]
+        # The centres of all squares, then the middles of their upper, then of their left sides.
+        for down, right, near in ((half, half, square), (0, half, diamond), (half, 0, diamond)):
             for i, j in itertools.product(range(down, 32, step), range(right, 32, step)):
                 mean = sum(p[(i + a) % 32, (j + b) % 32] for a, b in near) / 4
                 p[i, j] = mean + wibble * (wibble * (2 * next(chance) - 1))
@@ -125,25 +168,44 @@ def fog(x, c, u):
     return (x + c[0] * p[..., None]) * x.max() / (x.max() + c[0])
 
 
+def brightness(x, c, u):
+    return hsv(x, lambda h, s, v: (h, s, min(v + c, 1)))
+
+
+def contrast(x, c, u):
+    channels = [(y - y.mean()) * c + y.mean() for y in np.moveaxis(x, 2, 0)]
+    return np.stack(channels, axis=-1)
+
+
+def saturate(x, c, u):
+    return hsv(x, lambda h, s, v: (h, min(s * c[0] + c[1], 1), v))
+
+
 def elastic_transform(x, c, u):
     alpha, sigma, affine = (32 * constant for constant in c)
     points = np.float32([[26, 26], [26, 6], [6, 6]])
-    forward = cv2.getAffineTransform(points, points + np.float32(affine * (2 * u[:6] - 1)).reshape(3, 2))
+    shifts = np.float32(affine * (2 * u[:6] - 1)).reshape(3, 2)
+    backward = cv2.invertAffineTransform(cv2.getAffineTransform(points, points + shifts))
     columns, rows = np.meshgrid(np.arange(32), np.arange(32))
-    source = cv2.invertAffineTransform(forward) @ np.stack([columns.ravel(), rows.ravel(), np.ones(1024)])
-    dx, dy = (alpha * smoothed(2 * part.reshape(32, 32) - 1, sigma, 3, "reflect") for part in np.split(u[6:], 2))
+    source = backward @ np.stack([columns.ravel(), rows.ravel(), np.ones(1024)])
+    fields = 2 * u[6:].reshape(2, 32, 32) - 1
+    dx, dy = (alpha * smoothed(field, sigma, 3, "reflect") for field in fields)
     look_up = functools.partial(scipy.ndimage.map_coordinates, order=1)
     warped = [look_up(x[..., k], source[::-1], mode="mirror").reshape(32, 32) for k in range(3)]
-    return np.stack([look_up(y, [rows + dy, columns + dx], mode="reflect") for y in warped], axis=-1)
+    places = [rows + dy, columns + dx]
+    return np.stack([look_up(y, places, mode="reflect") for y in warped], axis=-1)
 
 
 def pixelate(x, c, u):
-    """Pillow's BOX filter: the mean of the pixels whose centres lie under each box, rows after columns, rounded."""
+    """Pillow's BOX: the mean of the pixels with centres in a box, rows after columns, rounded."""
     small, y = int(32 * c), x * 255
     for (old, new), axis in itertools.product(((32, small), (small, 32)), (1, 0)):
         half = max(old / new, 1) / 2
         centres = [(k + 0.5) * old / new for k in range(new)]
-        under = [[j for j in range(old) if centre - half <= j + 0.5 < centre + half] for centre in centres]
+        under = [
+            [j for j in range(old) if centre - half <= j + 0.5 < centre + half]
+            for centre in centres
+        ]
         y = np.stack([np.floor(np.take(y, js, axis).mean(axis) + 0.5) for js in under], axis)
     return y / 255
 
@@ -164,70 +226,65 @@ def spatter(x, c, u):
     d = cv2.distanceTransform(255 - cv2.Canny(liquid, 50, 150), cv2.DIST_L2, 5)
     d = cv2.blur(cv2.threshold(d, 20, 20, cv2.THRESH_TRUNC)[1], (3, 3)).astype(np.uint8)
     d = cv2.equalizeHist(d).astype(int)
-    d = scipy.ndimage.correlate(d, np.array([[-2, -1, 0], [-1, 1, 1], [0, 1, 2]]), mode="mirror").clip(0, 255)
+    d = scipy.ndimage.correlate(
+        d, np.array([[-2, -1, 0], [-1, 1, 1], [0, 1, 2]]), mode="mirror"
+    ).clip(0, 255)
     m = liquid * np.rint(scipy.ndimage.uniform_filter(d.astype(float), 3, mode="mirror"))
     return x + (m / max(m.max(), 1) * c[4])[..., None] * np.array([175, 238, 238]) / 255
 
 
-DEFINITIONS = {  # name: (uniform draws an image, the loop, the published constants, typed a second time)
-    "gaussian_noise": (3072, lambda x, c, u: x + ppf(u, scale=c).reshape(x.shape), [0.04, 0.06, 0.08, 0.09, 0.10]),
-    "shot_noise": (
-        3072, lambda x, c, u: scipy.stats.poisson.ppf(u.reshape(x.shape), x * c) / c, [500, 250, 100, 75, 50]),
-    "impulse_noise": (
-        3072, lambda x, c, u: np.select([(v := u.reshape(x.shape)) < c / 2, v < c], [0, 1], x),
-        [0.01, 0.02, 0.03, 0.05, 0.07]),
-    "speckle_noise": (3072, lambda x, c, u: x + x * ppf(u, scale=c).reshape(x.shape), [0.06, 0.1, 0.12, 0.16, 0.2]),
-    "gaussian_blur": (0, lambda x, c, u: smoothed(x, c), [0.4, 0.6, 0.7, 0.8, 1]),
-    "glass_blur": (None, glass_blur, [(0.05, 1, 1), (0.25, 1, 1), (0.4, 1, 1), (0.25, 1, 2), (0.4, 1, 2)]),
-    "defocus_blur": (0, defocus_blur, [(0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1)]),
-    "motion_blur": (
-        1, lambda x, c, u: moved(to_bytes(x), *c, angle=-45 + 90 * u[0]),
-        [(6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5)]),
-    "zoom_blur": (  # np.arange's round-off is the published one: 7, 12, 16, 21, 26 factors
-        0, lambda x, c, u: (x + sum(zoomed(x, factor) for factor in c)) / (len(c) + 1),
-        [np.arange(1, end, 0.01) for end in (1.06, 1.11, 1.16, 1.21, 1.26)]),
-    "snow": (1025, snow, [
-        (0.1, 0.2, 1, 0.6, 8, 3, 0.95), (0.1, 0.2, 1, 0.5, 10, 4, 0.9), (0.15, 0.3, 1.75, 0.55, 10, 4, 0.9),
-        (0.25, 0.3, 2.25, 0.6, 12, 6, 0.85), (0.3, 0.3, 1.25, 0.65, 14, 12, 0.8)]),
-    "frost": (3, frost, [(1, 0.2), (1, 0.3), (0.9, 0.4), (0.85, 0.4), (0.75, 0.45)]),
-    "fog": (1023, fog, [(0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75)]),
-    "brightness": (0, lambda x, c, u: hsv(x, lambda h, s, v: (h, s, min(v + c, 1))), [0.05, 0.1, 0.15, 0.2, 0.3]),
-    "contrast": (
-        0, lambda x, c, u: np.stack([(y - y.mean()) * c + y.mean() for y in np.moveaxis(x, 2, 0)], axis=-1),
-        [0.75, 0.5, 0.4, 0.3, 0.15]),
-    "saturate": (
-        0, lambda x, c, u: hsv(x, lambda h, s, v: (h, min(s * c[0] + c[1], 1), v)),
-        [(0.3, 0), (0.1, 0), (1.5, 0), (2, 0.1), (2.5, 0.2)]),
-    "elastic_transform": (2054, elastic_transform, [
+DEFINITIONS = {  # loop over one image: (uniform draws, the published constants, typed again)
+    gaussian_noise: (3072, [0.04, 0.06, 0.08, 0.09, 0.10]),
+    shot_noise: (3072, [500, 250, 100, 75, 50]),
+    impulse_noise: (3072, [0.01, 0.02, 0.03, 0.05, 0.07]),
+    speckle_noise: (3072, [0.06, 0.1, 0.12, 0.16, 0.2]),
+    gaussian_blur: (0, [0.4, 0.6, 0.7, 0.8, 1]),
+    glass_blur: (None, [(0.05, 1, 1), (0.25, 1, 1), (0.4, 1, 1), (0.25, 1, 2), (0.4, 1, 2)]),
+    defocus_blur: (0, [(0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1)]),
+    motion_blur: (1, [(6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5)]),
+    zoom_blur: (0, [1.06, 1.11, 1.16, 1.21, 1.26]),
+    snow: (1025, [
+        (0.1, 0.2, 1, 0.6, 8, 3, 0.95), (0.1, 0.2, 1, 0.5, 10, 4, 0.9),
+        (0.15, 0.3, 1.75, 0.55, 10, 4, 0.9), (0.25, 0.3, 2.25, 0.6, 12, 6, 0.85),
+        (0.3, 0.3, 1.25, 0.65, 14, 12, 0.8)]),
+    frost: (3, [(1, 0.2), (1, 0.3), (0.9, 0.4), (0.85, 0.4), (0.75, 0.45)]),
+    fog: (1023, [(0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75)]),
+    brightness: (0, [0.05, 0.1, 0.15, 0.2, 0.3]),
+    contrast: (0, [0.75, 0.5, 0.4, 0.3, 0.15]),
+    saturate: (0, [(0.3, 0), (0.1, 0), (1.5, 0), (2, 0.1), (2.5, 0.2)]),
+    elastic_transform: (2054, [
         (0, 0, 0.08), (0.05, 0.2, 0.07), (0.08, 0.06, 0.06), (0.1, 0.04, 0.05), (0.1, 0.03, 0.03)]),
-    "pixelate": (0, pixelate, [0.95, 0.9, 0.85, 0.75, 0.65]),
-    "jpeg_compression": (0, jpeg_compression, [80, 65, 58, 50, 40]),
-    "spatter": (1024, spatter, [
+    pixelate: (0, [0.95, 0.9, 0.85, 0.75, 0.65]),
+    jpeg_compression: (0, [80, 65, 58, 50, 40]),
+    spatter: (1024, [
         (0.62, 0.1, 0.7, 0.7, 0.5, 0), (0.65, 0.1, 0.8, 0.7, 0.5, 0), (0.65, 0.3, 1, 0.69, 0.5, 0),
         (0.65, 0.1, 0.7, 0.69, 0.6, 1), (0.65, 0.1, 0.5, 0.68, 0.6, 1)]),
 }  # fmt: skip
+NAMES = [loop.__name__ for loop in DEFINITIONS]
 
 
-@pytest.mark.parametrize("name", DEFINITIONS)
-def test_equals_its_definition_image_by_image(name, monkeypatch):
-    draws, loop, constants = DEFINITIONS[name]
+@pytest.mark.parametrize("loop", DEFINITIONS)
+def test_equals_its_definition_image_by_image(loop, monkeypatch):
+    name, (draws, constants) = loop.__name__, DEFINITIONS[loop]
     differences = []
     for severity, c in enumerate(constants, 1):
-        u = uniform(7, name, severity, 3, 9, 2 * c[2] * (32 - 2 * c[1]) ** 2 if name == "glass_blur" else draws)
-        expected = np.stack([to_bytes(loop(x / 255, c, v)) for x, v in zip(pictures(), u, strict=True)])
+        count = 2 * c[2] * (32 - 2 * c[1]) ** 2 if name == "glass_blur" else draws
+        u = uniform(7, name, severity, 3, 9, count)
+        loops = [to_bytes(loop(x / 255, c, v)) for x, v in zip(pictures(), u, strict=True)]
         got = corrupt(pictures(), name, severity, 7, first_index=3)
-        differences.append(np.abs(got.astype(int) - expected).reshape(9, -1))
+        differences.append(np.abs(got.astype(int) - np.stack(loops)).reshape(9, -1))
         assert ((differences[-1] <= 1).mean(axis=1) >= 0.99).all(), severity
         # To the last bit an image does not depend on those corrupted with it.
         with monkeypatch.context() as patch:
             patch.setattr(corruptions, "CHUNK", 4)
             assert (got == corrupt(pictures(), name, severity, 7, first_index=3)).all()
-    # No bias hides within the one level; on the three flat images round-off decides what the truncation gives.
+    # No bias hides within the one level. (On the three flat images round-off decides.)
     assert np.mean(np.array(differences)[:, :6]) < 0.05
 
 
 def test_all_19_have_five_severities():
-    assert {*data.CORRUPTIONS, "gaussian_noise"} == {*DEFINITIONS} <= {f.__name__ for f in corruptions.SEVERITIES}
+    names = {function.__name__ for function in corruptions.SEVERITIES}
+    assert {*data.CORRUPTIONS, "gaussian_noise"} == {*NAMES} <= names
     assert {len(constants) for constants in corruptions.SEVERITIES.values()} == {5}
 
 
@@ -236,59 +293,80 @@ def test_draws_are_uniform_and_differ_by_seed_name_severity_and_image():
     assert u.shape == (100, 1023)
     assert 0 <= u.min() < u.max() < 1
     assert scipy.stats.kstest(u.ravel(), "uniform").pvalue > 0.01
-    others = [uniform(*key, 0, 100, 1023) for key in ((1, "fog", 1), (0, "snow", 1), (0, "fog", 2))]
+    keys = ((1, "fog", 1), (0, "snow", 1), (0, "fog", 2))
+    others = [uniform(*key, 0, 100, 1023) for key in keys]
     for other in (*others, np.roll(u, 1, axis=0), np.roll(u, 1, axis=1)):
         assert abs(np.corrcoef(u.ravel(), other.ravel())[0, 1]) < 0.02
 
 
-def test_bad_arguments_are_refused():
-    for images, name, severity, message in [
-        (pictures(), "rain", 1, "unknown corruption 'rain'; choose from gaussian_noise, .*spatter"),
+@pytest.mark.parametrize(
+    ("images", "name", "severity", "message"),
+    [
+        (pictures(), "rain", 1, "unknown corruption 'rain'. Use one of gaussian_noise, .*spatter"),
         (pictures(), "fog", 0, "severity 0 is not one of 1, 2, 3, 4, 5"),
-        (pictures() / 255, "fog", 1, "images must be uint8 .N, 32, 32, 3., not float64 .9, 32, 32, 3."),
-        (pictures().transpose(0, 3, 1, 2), "fog", 1, "images must be uint8 .*, not uint8 .9, 3, 32, 32."),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            corrupt(images, name, severity, seed=0)
+        (pictures() / 255, "fog", 1, "must be uint8 .N, 32, 32, 3., not float64 .9, 32, 32, 3."),
+        (pictures().transpose(0, 3, 1, 2), "fog", 1, "must be uint8 .*, not uint8 .9, 3, 32, 32."),
+    ],
+)
+def test_bad_arguments_are_refused(images, name, severity, message):
+    with pytest.raises(ValueError, match=message):
+        corrupt(images, name, severity)
 
 
-def test_a_corruption_of_ones_own_joins(monkeypatch):
+def test_a_corruption_of_the_users_joins(monkeypatch):
     def flat(x, c, draw):
         return np.full_like(x, c) + (draw(1) < 0.5)[..., None, None]
 
     monkeypatch.setitem(corruptions.SEVERITIES, flat, (10, 20, 30, 40, 50))
-    assert set(corrupt(pictures(), "flat", 4, seed=0).ravel()) == {40, 41}
+    assert set(corrupt(pictures(), "flat", 4).ravel()) == {40, 41}
 
 
-def test_missing_frost_photographs_are_told(monkeypatch):
+@pytest.mark.parametrize("fault", ["no package", "no files", "a damaged file"])
+def test_without_frosts_photographs_one_line_names_the_package(tmp_path, monkeypatch, fault):
+    installed = importlib.metadata.distribution("imagecorruptions")
+
+    class Package:
+        def __init__(self, name):
+            if fault == "no package":
+                raise importlib.metadata.PackageNotFoundError(name)
+
+        def locate_file(self, path):
+            return tmp_path / path
+
+    if fault == "a damaged file":
+        source = installed.locate_file("imagecorruptions/frost")
+        shutil.copytree(source, tmp_path / "imagecorruptions/frost")
+        (tmp_path / "imagecorruptions/frost/frost4.jpg").write_bytes(b"damaged")
     corruptions.frost_photographs.cache_clear()
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"frost needs .*: python -m pip install --no-deps imagecorruptions==1\.1\.2$"):
-        corrupt(pictures(), "frost", 1, seed=0)
+    monkeypatch.setattr(importlib.metadata, "distribution", Package)
+    with pytest.raises(UserError, match=r"pip install --no-deps imagecorruptions==1\.1\.2"):
+        corruptions.main(write_npz(tmp_path / "mine.npz", 1))
+    assert not (tmp_path / "mine-C").exists()  # found out first
 
 
 # The folder
 
 
 def write_npz(path, count):
-    """A data set of `count` test images; returns the flags that make its corrupted folder beside it."""
+    """Write `count` test images; returns the flags that make their corrupted set beside them."""
     images = np.resize(pictures(), (count, 32, 32, 3))
-    train = {"train_images": images[:1], "train_labels": [0]}
-    np.savez(path, **train, test_images=images, test_labels=np.arange(count) % 9, source="made up")
-    return ["--dataset", str(path), "--seed", "3", "--data", str(path.parent), "--workers", "2"]
+    np.savez(path, test_images=images, test_labels=np.arange(count) % 9, source="made up")
+    flags = ["--dataset", str(path), "--seed", "3", "--data", str(path.parent)]
+    return [*flags, "--workers", "2"]
 
 
 def content(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def assert_whole(folder):
-    """`mine-C` has every image of the mine.npz beside it, corrupted, in the form that data.py reads."""
+def assert_complete(folder):
+    """`mine-C` has every image of the mine.npz beside it, corrupted, as data.py reads it."""
     images, root = np.load(folder.parent / "mine.npz")["test_images"], folder.parent
-    for name, severity in itertools.product(DEFINITIONS, range(1, 6)):
+    for name, severity in itertools.product(NAMES, range(1, 6)):
         got = data.load_corrupted("mine", root, name)[severity - 1].permute(0, 2, 3, 1)
         assert np.array_equal(got, corrupt(images, name, severity, 3))
-    data.check_folder(data.load_dataset(str(root / "mine.npz"), root), root)
+    clean = data.load_dataset(str(root / "mine.npz"), root, need_train=False)
+    assert data.check_corrupted(clean, root) == [*data.CORRUPTIONS, "gaussian_noise"]
 
 
 @pytest.fixture(scope="module")
@@ -302,98 +380,189 @@ def made(tmp_path_factory):
 
 
 def test_a_folder_has_the_official_form_and_a_record(made):
-    assert set(content(made)) >= {*(f"{name}.npy" for name in DEFINITIONS), "labels.npy", "generated.json"}
-    snow, labels = np.load(made / "snow.npy"), np.load(made / "labels.npy")
-    assert (snow.dtype, snow.shape, labels.dtype) == (np.uint8, (60, 32, 32, 3), np.uint8)
-    assert_whole(made)
+    files = {*(f"{name}.npy" for name in NAMES), "labels.npy", "generated.json"}
+    assert content(made).keys() >= files
+    images, labels = np.load(made / "snow.npy"), np.load(made / "labels.npy")
+    assert (images.dtype, images.shape) == (np.uint8, (60, 32, 32, 3))
+    assert labels.dtype == np.uint8
+    assert_complete(made)
     record = json.loads((made / "generated.json").read_text())
     assert set(record.pop("versions")) == {"numpy", "scipy", "opencv", "pillow"}
     sha256 = hashlib.sha256(np.resize(pictures(), (12, 32, 32, 3)).tobytes()).hexdigest()
-    assert record == {"dataset": "mine", "source": "made up", "seed": 3, "clean_sha256": sha256}
+    expected = {"dataset": "mine", "source": "made up", "seed": 3, "clean_sha256": sha256}
+    assert record == expected
 
 
-def test_files_that_are_there_are_kept_where_the_record_fits(made, tmp_path, capsys):
+def test_files_that_exist_are_kept_where_the_record_fits(made, tmp_path, capsys):
     flags, folder = write_npz(tmp_path / "mine.npz", 12), tmp_path / "mine-C"
     shutil.copytree(made, folder)
     record, made_at = folder / "generated.json", (folder / "snow.npy").stat().st_mtime_ns
 
     def refused(message, *more):
         before = content(folder)
-        with pytest.raises(ValueError, match=f"mine-C{message}; .*or name another.* with --data$"):
+        with pytest.raises(UserError, match=f"mine-C{message}") as error:
             corruptions.main([*flags, *more])
+        assert f"`mv {folder} {folder}.old`" in str(error.value)
         assert content(folder) == before
 
     refused(" was made with seed 3, not 4", "--seed", "4")
     write_npz(tmp_path / "mine.npz", 11)
-    refused(" was made from other images")
+    refused(" was made from other test images")
     write_npz(tmp_path / "mine.npz", 12)
     record.write_text(record.read_text().replace(f'"{np.__version__}"', '"1.0"'))
     corruptions.main(flags)  # nothing is to be made
     (folder / "fog.npy").unlink()
     refused(" was made with versions {'numpy': '1.0', .*}, not {.*}")
     record.unlink()
-    refused(" holds the official set, or another that was not made here")
+    refused(" lacks fog.npy")
     shutil.copy(made / "generated.json", record)
     capsys.readouterr()
     corruptions.main([*flags, "--workers", "1"])
     kept = len(corruptions.SEVERITIES) - 1
-    line = f"{folder}: 1 corruptions of 12 images made with seed 3, {kept} kept"
-    assert capsys.readouterr().out.splitlines() == ["fog: done", line]
+    assert capsys.readouterr().out.splitlines() == [
+        "fog: done",
+        f"{folder}: 1 corruptions of 12 images made, {kept} kept",
+        f"{folder}: complete, generated",
+    ]
     assert (folder / "snow.npy").stat().st_mtime_ns == made_at
     assert content(folder) == content(made)
+    record.unlink()
+    corruptions.main(flags)
+    assert capsys.readouterr().out == f"{folder}: complete, unverified\n"
+
+
+def test_a_set_in_another_place_is_not_made_again(made, tmp_path):
+    flags = write_npz(tmp_path / "mine.npz", 12)
+    shutil.copytree(made, tmp_path / "MINE-c")
+    with pytest.raises(UserError, match=f"Move them: `mv {tmp_path}/MINE-c {tmp_path}/mine-C`"):
+        corruptions.main(flags)
+    assert not (tmp_path / "mine-C").exists()
+
+
+def test_a_full_disk_or_no_permission_is_one_line(tmp_path, monkeypatch):
+    flags = write_npz(tmp_path / "mine.npz", 3)
+
+    def full(file, array):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "save", full)
+        with pytest.raises(UserError, match=r"cannot write .*labels.npy: No space left on device"):
+            corruptions.main(flags)
+    with pytest.raises(UserError, match=r"cannot write .*mine.npz/mine-C/generated.json: Not a di"):
+        corruptions.main([*flags, "--data", str(tmp_path / "mine.npz")])
 
 
 def test_workers_import_neither_torch_nor_the_modules_that_need_it(root):
     code = "import sys, corruptions; print({'torch', 'utils', 'data'} & set(sys.modules))"
-    ended = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    command = [sys.executable, "-c", code]
+    ended = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert (ended.stdout, ended.stderr) == ("set()\n", "")
 
 
-def test_interrupted_then_killed_then_resumed_is_whole(root, tmp_path):
+def worker_of(pid):
+    """The process id of one of joblib's workers."""
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        if "LokyProcess" in Path(f"/proc/{child}/cmdline").read_text():
+            return int(child)
+    raise AssertionError("no worker")
+
+
+def test_interrupted_then_a_worker_killed_then_resumed(root, tmp_path):
     flags, folder = write_npz(tmp_path / "mine.npz", 100), tmp_path / "mine-C"
-    # Ctrl-C in a terminal reaches the whole group, here while the workers start; SIGKILL reaches the parent alone, and
-    # its workers must end by themselves.
-    for send, number, files, pause in [(os.killpg, signal.SIGINT, 1, 0.5), (os.kill, signal.SIGKILL, 8, 0)]:
-        command = [sys.executable, "corruptions.py", *flags]
-        process = subprocess.Popen(command, cwd=root, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "corruptions.py", *flags]
+    options = {"cwd": root, "start_new_session": True, "stderr": subprocess.PIPE, "text": True}
+    for files in (2, 5):  # labels.npy is the first
+        process = subprocess.Popen(command, **options)
         while len(list(folder.glob("*.npy"))) < files:
             assert process.poll() is None
             time.sleep(0.005)
-        time.sleep(pause)
-        send(process.pid, number)
-        errors = process.communicate(timeout=20)[1]  # returns when every process that writes there has ended
-        if number == signal.SIGINT:
-            assert (process.returncode, errors) == (130, "corruptions.py: interrupted\n")
+        if files == 2:
+            os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C in a terminal: all processes
+        else:
+            os.kill(worker_of(process.pid), signal.SIGKILL)
+        line = process.communicate(timeout=30)[1]  # returns when all its processes have ended
+        if files == 2:
+            assert (process.returncode, line) == (130, "corruptions.py: interrupted\n")
+        else:
+            assert process.returncode == 2
+            assert line.startswith("corruptions.py: a worker process was killed (too little mem")
+            assert line.count("\n") == 1
     assert len(list(folder.glob("*.npy"))) < 20
     corruptions.main(flags)
-    assert_whole(folder)
+    assert_complete(folder)
 
 
-def test_the_official_set_is_unpacked_whole(tmp_path, monkeypatch, capsys):
-    flags, folder = ["--download", "--data", str(tmp_path / "data")], tmp_path / "data" / "CIFAR-10-C"
-    url, archive = "http://127.0.0.1:9/official.tar", Path(f"{folder}.tar")  # nothing answers there
+# The official set
+
+
+@pytest.fixture
+def official(made, tmp_path, monkeypatch):
+    """CIFAR-10 of 12 images, and data/CIFAR-10-C.tar in the working directory."""
+    clean = data.load_dataset(str(made.parent / "mine.npz"), "", need_train=False)
+    clean = dataclasses.replace(clean, name="cifar10", flag="cifar10")
+    monkeypatch.setattr(data, "load_dataset", lambda name, root, **options: clean)
+    monkeypatch.chdir(tmp_path)
+    archive = Path("data/CIFAR-10-C.tar")
     archive.parent.mkdir()
-    names = {f"{name}.npy" for name in (*data.CORRUPTIONS, "labels")}
-    (tmp_path / "fog.npy").write_bytes(b"fog")
     with tarfile.open(archive, "w") as tar:
-        for name in names:
-            tar.add(tmp_path / "fog.npy", f"CIFAR-10-C/{name}")
-    md5 = hashlib.md5(archive.read_bytes()).hexdigest()
-    monkeypatch.setitem(corruptions.OFFICIAL, "cifar10", (url, "0" * 32))
-    with pytest.raises(OSError, match=f"{url} cannot be had .*refused.*; try again, put that file at {archive}"):
-        corruptions.main(flags)
-    assert not folder.exists()
-    monkeypatch.setitem(corruptions.OFFICIAL, "cifar10", (url, md5))
-    for _ in range(2):  # the second time it is there
-        corruptions.main(flags)
-        assert capsys.readouterr().out.endswith(f"{folder}: the official set\n")
+        for path in sorted(made.glob("*.npy")):
+            tar.add(path, f"CIFAR-10-C/{path.name}")
+    url, md5 = "http://127.0.0.1:9/official.tar", hashlib.md5(archive.read_bytes()).hexdigest()
+    monkeypatch.setitem(corruptions.OFFICIAL, "cifar10", (url, md5))  # nothing answers there
+    return archive
+
+
+def test_the_official_set_is_unpacked_and_kept(official, made, capsys):
+    shutil.copy(official, "CIFAR-10-C.tar")
+    for _ in range(2):  # the second time it exists
+        corruptions.main(["--download"])
+        assert capsys.readouterr().out.endswith("data/CIFAR-10-C: complete, official\n")
+    corruptions.main([])
+    assert capsys.readouterr().out == "data/CIFAR-10-C: complete, official\n"
+    folder = Path("data/CIFAR-10-C")
     assert list(folder.parent.iterdir()) == [folder]
-    assert set(content(folder)) == names | {"official.json"}
-    assert json.loads((folder / "official.json").read_text()) == {"url": url, "md5": md5}
-    for missing in ("snow.npy", "official.json"):
-        (folder / missing).rename(tmp_path / missing)
-        with pytest.raises(ValueError, match=r"CIFAR-10-C is there, and not known .* whole official set; delete"):
-            corruptions.main(flags)
-        (tmp_path / missing).rename(folder / missing)
-    with pytest.raises(ValueError, match="--download: there is no official corrupted set of digits"):
-        corruptions.main([*flags, "--dataset", "digits"])
+    arrays = {path.name: path.read_bytes() for path in made.glob("*.npy")}
+    files = content(folder)
+    url, md5 = corruptions.OFFICIAL["cifar10"]
+    assert json.loads(files.pop("official.json")) == {"url": url, "md5": md5}
+    assert files == arrays
+
+
+@pytest.mark.parametrize("record", ["official.json", "generated.json", None])
+def test_a_complete_set_is_kept_and_an_incomplete_one_is_completed(official, made, capsys, record):
+    folder = Path("data/CIFAR-10-C")
+    shutil.copytree(made, folder)
+    (folder / "generated.json").unlink()
+    if record:
+        (folder / record).write_text("{}")
+    source = record.removesuffix(".json") if record else "unverified"
+    corruptions.main(["--download"])
+    assert capsys.readouterr().out == f"{folder}: complete, {source}\n"
+    assert official.exists()
+    (folder / "snow.npy").unlink()
+    (folder / "fog.npy").write_bytes(b"")  # is not replaced
+    before = content(folder)
+    if source == "generated":
+        with pytest.raises(UserError, match=r"C lacks snow.npy. `python .*` makes what is missing"):
+            corruptions.main(["--download"])
+        assert content(folder) == before
+    else:
+        with pytest.raises(UserError, match=r"lacks snow.npy. `python .*--data data --download` f"):
+            corruptions.main([])
+        with pytest.raises(UserError, match=r"fog.npy is damaged .* Delete it, then: `python .* -"):
+            corruptions.main(["--download"])
+        snow = (made / "snow.npy").read_bytes()
+        assert content(folder) == before | {"snow.npy": snow}
+        assert sorted(folder.parent.iterdir()) == [folder]
+
+
+def test_a_failed_download_is_one_line(official, monkeypatch, capsys):
+    url, _ = corruptions.OFFICIAL["cifar10"]
+    monkeypatch.setitem(corruptions.OFFICIAL, "cifar10", (url, "0" * 32))
+    with pytest.raises(UserError, match=f"downloading {url} failed .*refused.* to {official} "):
+        corruptions.main(["--download"])
+    assert list(official.parent.iterdir()) == [official]
+    with pytest.raises(SystemExit):
+        corruptions.main(["--download", "--dataset", "digits"])
+    assert "--download: digits has no official corrupted set; omit" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Data sets against hand-written files, scikit-learn and Pillow; corrupted sets; refused input."""
 
+import dataclasses
 import hashlib
 import json
 import pickle
@@ -409,9 +410,7 @@ def test_a_set_in_another_place_is_named_with_the_command_that_helps(mine, found
 
 
 def test_an_official_set_that_lacks_files_is_completed_by_a_download(tmp_path):
-    dataset = load_dataset("digits", "")
-    object.__setattr__(dataset, "name", "cifar10")
-    object.__setattr__(dataset, "flag", "cifar10")
+    dataset = dataclasses.replace(load_dataset("digits", ""), name="cifar10", flag="cifar10")
     command = f"`python corruptions.py --dataset cifar10 --data {tmp_path}"
     message = refused(check_corrupted, dataset, tmp_path)
     assert f"{command} --download` fetches the official set (2.9 GB), {command}` makes" in message
