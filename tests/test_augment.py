@@ -348,8 +348,8 @@ def test_images_of_another_form_are_refused_with_the_expected_one(function):
         (x[:, :1], r"torch.float32 \(4, 1, 32, 32\)"),
         (x.permute(0, 2, 3, 1), r"torch.float32 \(4, 32, 32, 3\)"),
         ((255 * x).to(torch.uint8), r"torch.uint8 \(4, 3, 32, 32\)"),
-        (x * 2 - 1, "values from -1 to 1"),
-        (x * 255, "values from 0 to 255"),
+        (x * 1.01 - 0.01, "values from -0.01 to 1"),
+        (x * 1.01, "values from 0 to 1.01"),
         (x.where(x > 0.5, math.nan), "values from nan to nan"),
     ]:
         with pytest.raises(ValueError, match=f"^images (are|have) {words}{expected}"):
