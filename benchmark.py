@@ -57,6 +57,11 @@ RUNS = (  # network, method, whether train.py recomputes it by default
     ("inceptionv3", "augmix", True),
     ("inceptionv3", "magnma", True),
 )
+AUGMENTATIONS = {
+    "standard": "preprocessing",
+    "augmix": "preprocessing, AugMix",
+    "magnma": f"preprocessing, MAGNMA (n = {N})",
+}
 EPOCHS, IMAGES = 150, 50_000  # of the hours: the paper's run on CIFAR
 PICTURES = 250  # for augmentation, corruptions and evaluation
 
@@ -157,7 +162,7 @@ def augmentation(method: str, images: Tensor, u8: Tensor, seconds: float) -> dic
         functions["gpu"] = partial(ours, method, u8)
     taken = seconds_of(functions, seconds, threads=1)
     row = {
-        "images for": method,
+        "augmentation": AUGMENTATIONS[method],
         "Pillow, images/s": len(images) / median(taken["usual"]),
         "ours, images/s": len(images) / median(taken["ours"]),
         "ratio": median(a / b for a, b in zip(taken["usual"], taken["ours"], strict=True)),
@@ -273,8 +278,7 @@ def main(argv: list[str] | None = None) -> None:
     taken = seconds_of(functions, 0.05 * seconds, torch.get_num_threads())
     about["evaluation, images/s"] = len(images) / median(taken["evaluation"])
     # after the networks, since the allocator then keeps freed memory, as it does during training
-    methods = ("standard", "augmix", "magnma")
-    augmented = [augmentation(method, images, u8, 0.1 * seconds) for method in methods]
+    augmented = [augmentation(method, images, u8, 0.1 * seconds) for method in AUGMENTATIONS]
     cv2.setNumThreads(1)
     names = [function.__name__ for function in SEVERITIES]
     arrays = np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy())

@@ -60,7 +60,7 @@ def test_the_script(tmp_path, capsys, monkeypatch):
     benchmark.main(flags)
     report, printed = json.loads(out.read_text()), capsys.readouterr().out
     assert {"device", "versions", "commit", "precision", "batch_size"} < report.keys()
-    assert [row["images for"] for row in report["augmentation"]] == ["standard", "augmix", "magnma"]
+    assert all(row["ratio"] > 0 for row in report["augmentation"])
     assert steps == [row["method"] for row in report["training"]]
     for row in report["training"]:
         assert row["hours"] == pytest.approx(150 * 50_000 / row["images/s"] / 3600)
