@@ -37,7 +37,8 @@ from scipy.ndimage import gaussian_filter
 from scipy.special import ndtri, pdtr
 from tqdm import tqdm
 
-# joblib's workers import this file, so what needs torch (data, utils) is imported where it is used.
+# joblib's workers import this file: data and utils, which import torch, are imported inside the
+# functions that use them.
 
 SIDE = 32
 PIXELS = SIDE * SIDE
@@ -65,7 +66,7 @@ def gaussian_noise(x: np.ndarray, c: float, draw: Callable) -> np.ndarray:
 
 @functools.cache
 def poisson_table(c: float) -> np.ndarray:
-    """The distribution function of Poisson(c k / 255) at 0, 1, ..., a row per grey level k."""
+    """The distribution function of Poisson(c k / 255) at 0, 1, ..., one row per grey level k."""
     counts = np.arange(int(c + 10 * c**0.5) + 20)
     return pdtr(counts, c * np.arange(256)[:, None] / 255)
 
@@ -73,7 +74,7 @@ def poisson_table(c: float) -> np.ndarray:
 def shot_noise(x: np.ndarray, c: float, draw: Callable) -> np.ndarray:
     """Poisson(c x) / c"""
     table = poisson_table(c)
-    # Row k raised by k makes one ascending table. To find k + u in it inverts the distribution.
+    # Adding k to row k makes one ascending table; searching it for k + u inverts the distribution.
     ascending = (table + np.arange(256)[:, None]).ravel()
     values = x.reshape(len(x), -1) + draw(3 * PIXELS)
     place = ascending.searchsorted(values, side="right").reshape(x.shape)
@@ -132,9 +133,8 @@ def motion_blur(x: np.ndarray, c: tuple[int, float], draw: Callable) -> np.ndarr
 
 def zoom_blur(x: np.ndarray, c: float, draw: Callable) -> np.ndarray:
     """The mean of the image and of its zooms by 1, 1.01, ..., c."""
-    factors = np.arange(
-        1, c, 0.01
-    ).tolist()  # whether c is among them is round-off, as in the published code
+    # whether c is among them is round-off, as in the published code
+    factors = np.arange(1, c, 0.01).tolist()
     mean = sum(map(zoom_matrix, factors), start=sparse.eye_array(PIXELS, format="csr")) / (
         len(factors) + 1
     )
@@ -333,7 +333,7 @@ def corrupt(
     return corrupted
 
 
-# What they are made of
+# Building blocks
 
 
 @functools.cache
@@ -465,7 +465,7 @@ def plasma(u: np.ndarray, decay: float) -> np.ndarray:
     return p / p.max(axis=(1, 2), keepdims=True)
 
 
-# The folder
+# A CIFAR-C folder
 
 
 def generate(
@@ -528,7 +528,8 @@ def start_worker() -> None:
     """Called once in each of joblib's workers."""
     # Ctrl-C in a terminal reaches all processes: the parent reacts, and ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    gc.freeze()  # joblib collects garbage every second: over what is imported, a tenth of the time
+    # joblib collects garbage every second; leaving out what is imported saves a tenth of the time
+    gc.freeze()
 
 
 def download(folder: Path, url: str, md5: str) -> None:
@@ -552,7 +553,7 @@ def download(folder: Path, url: str, md5: str) -> None:
     except Exception as error:  # network, disk and archive can raise nearly anything
         raise UserError(
             f"downloading {url} failed ({error}). Try again, or fetch it by hand to {archive}"
-            " (it is unpacked and removed), or make a set here, without --download"
+            " (the next try unpacks and removes it), or make a set here, without --download"
         ) from error
     finally:
         shutil.rmtree(unpacked, ignore_errors=True)
@@ -576,7 +577,7 @@ def main(argv: list[str] | None = None) -> None:
         "--workers",
         type=number(int, low=1),
         default=joblib.cpu_count(),
-        help="processes, by default one per available core; pixels do not depend on it",
+        help="processes, by default one per available core; the result is the same",
     )
     add("--download", action="store_true", help="fetch the official set (2.9 GB) if none exists")
     args = parser.parse_args(argv)

@@ -43,9 +43,9 @@ class Dataset:
     test_images: Tensor
     test_labels: Tensor
     classes: list[str]
-    hflip: bool  # does a mirrored image keep its class
-    source: str  # official, embedded, or the .npz file's own words
-    flag: str = ""  # what --dataset was: a name or a path
+    hflip: bool  # whether a mirrored image keeps its class
+    source: str  # official, embedded, or `source` of the .npz file
+    flag: str = ""  # the value of --dataset: a name or a path
 
 
 def load_dataset(name: str, root: str | Path, *, need_train: bool = True) -> Dataset:
@@ -136,7 +136,7 @@ def _load_npz(path: Path, need_train: bool) -> Dataset:
     if missing := [key for key in needed if key not in keys]:
         raise UserError(
             f"{path} lacks {', '.join(missing)}. It holds {', '.join(keys) or 'nothing'}."
-            " Save the arrays under the names that are missing"
+            " Save the arrays under the missing names"
         )
     tensors = {
         "train_images": torch.empty(0, 3, 32, 32, dtype=torch.uint8),
@@ -256,7 +256,7 @@ def load_corrupted(name: str, root: str | Path, corruption: str) -> Tensor:
 
 def _map(path: Path) -> np.ndarray:
     try:
-        # c: a private view, which torch may take as writable
+        # c: copy-on-write, since torch wants a writable array
         return np.lib.format.open_memmap(path, mode="c")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
@@ -267,8 +267,8 @@ def _map(path: Path) -> np.ndarray:
 def check_corrupted(dataset: Dataset, root: str | Path) -> list[str]:
     """The corruptions to evaluate: the 18, then the folder's further arrays in sorted order.
 
-    Raises UserError unless the set is complete and of this test set: the test labels five times,
-    and the images' hash where generated.json has it (else only the labels can be compared).
+    Raises UserError unless the set is complete and was made from this test set. Compared are the
+    labels, and the hash of the clean images if generated.json has it.
     """
     folder, count = corrupted_folder(dataset.name, root), len(dataset.test_images)
     check_place(folder, [f"{stem}.npy" for stem in CORRUPTIONS])
@@ -343,9 +343,9 @@ def _how_to_get(dataset: Dataset, root: Path) -> str:
 
 
 def check_place(folder: Path, files: list[str]) -> None:
-    """Raise UserError if `folder` has none of `files`, but a place close by has most of them.
+    """Raise UserError if `folder` has none of `files`, but a place nearby has most of them.
 
-    Close by: the name in another case, an archive unpacked a level too deep, --data itself.
+    Nearby: a name in another case, an archive unpacked one level too deep, or --data itself.
     """
 
     def same_name(place: Path) -> list[Path]:

@@ -117,7 +117,7 @@ def predict(
     below Eq. (4)).
     """
     device = next((p.device for p in f.parameters()), torch.device("cpu"))
-    size = batch_size or (2500 if device.type == "cuda" else 250)  # 250 stay in a CPU's cache
+    size = batch_size or (2500 if device.type == "cuda" else 250)  # 250 fit a CPU's cache
     best = []
     with eval_mode(f):
         for batch in images_u8.split(size):
@@ -175,9 +175,8 @@ def evaluate(
         )
         return confidence.numpy(), (prediction == labels).numpy()
 
-    names = (
-        [] if clean_only else data.check_corrupted(dataset, root)
-    )  # found out before minutes of work
+    # fail now, not after minutes of work
+    names = [] if clean_only else data.check_corrupted(dataset, root)
     clean = run(dataset.test_images, "clean")
     result = {"clean": scores(*clean), "reliability": {"clean": reliability(*clean)}}
     if clean_only:
@@ -245,7 +244,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = utils.Parser(description="Clean and corrupted accuracy and calibration of a run.")
     flag = parser.add_argument
     flag("run", help="a run's folder, written by train.py")
-    flag("--dataset", help="another test set, or where the run's own .npz is now; as in train.py")
+    flag("--dataset", help="another test set (as in train.py), or the new place of the run's .npz")
     flag("--data", default="data", help="folder of the data sets and their corrupted sets")
     flag("--only", choices=("best", "last"), help="only this checkpoint")
     flag("--clean", action="store_true", help="only the clean test set")
@@ -255,7 +254,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--amp",
         choices=utils.AMP,
         default="auto",
-        help=f"{utils.AMP_HELP}; off for runs in float32",
+        help=f"{utils.AMP_HELP}; off for runs trained in float32",
     )
     flag("--out", help="the file to write; by default results.json in the run's folder")
     return parser.parse_args(argv)
@@ -296,7 +295,7 @@ def main(argv: list[str] | None = None) -> None:
     if own and not args.clean and not args.limit and not args.out:
         out = folder / "results.json"
         if len(wanted) < 2 and out.exists():
-            out = None  # it may hold both checkpoints
+            out = None  # never replace results of both checkpoints by those of one
     if out:
         utils.check_out(out)
 

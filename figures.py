@@ -6,7 +6,7 @@
 
 Figures 1 and 4 need no runs: they show a photograph and what augment.py and corruptions.py make of
 it. Colours are Okabe and Ito's, which colour-blind people can tell apart; hatches and markers are
-for print in grey.
+for greyscale print.
 """
 
 import csv
@@ -46,7 +46,8 @@ METHODS = {  # the tables' columns: colour, hatch, marker
 OTHERS = [  # the user's own methods
     ("C4", "", "*"), ("C3", "++", "h"), ("C5", "", "8"), ("C8", "oo", "H"), ("C2", "", "d"),
 ]  # fmt: skip
-FEW = ("standard", "augmix", MAGNMA, MAGNMA + NINE)  # and the user's own, where all are too many
+# where all would be too many: these, and the user's own methods
+FEW = ("standard", "augmix", MAGNMA, MAGNMA + NINE)
 METRICS = {"clean": ("#FFFFFF", "//", "o"), "mca": ("#0072B2", "", "s")}
 CATEGORIES = {  # as the benchmark's authors sort them
     "noise": ("impulse_noise", "shot_noise", "speckle_noise"),
@@ -70,7 +71,7 @@ Cells = dict[str, Cell]  # metric -> mean and deviation over seeds, percent
 Styles = dict[str, tuple[str, str, str]]
 
 
-# What there is to draw
+# The numbers to draw
 
 
 def published_numbers() -> dict[Place, Cells]:
@@ -110,7 +111,7 @@ def read_log(path: Path) -> dict[str, np.ndarray]:
 
 
 def footer(groups: dict[Place, Group]) -> str:
-    """What was run: a line for all columns that share data, corruptions, network and seeds."""
+    """What was run: one line for all columns that share data, corruptions, network and seeds."""
     lines: dict[str, list[str]] = {}
     for (dataset, arch, column), group in groups.items():
         shared, run = group.shared, next(iter(group.seeds.values()))
@@ -429,7 +430,7 @@ def main(argv: list[str] | None = None) -> int:
         plan[f"training_{dataset}"] = pick(logged, *here), training
     for name, (shown, draw) in sorted(plan.items()):
         if shown == {}:
-            hint = "no runs of it; --dataset and --arch name others" if ours else "not published"
+            hint = "no such runs; --dataset and --arch choose others" if ours else "not published"
             print(f"{name} is not drawn: {hint}")
             continue
         note = footer({place: groups[place] for place in shown or {} if place in groups})

@@ -14,7 +14,7 @@ images to logits, x float (B, 3, H, W) in [0, 1] and y int64 (B,), and returns (
 (B, C)): the clean logits if the method forwards clean x, else those of the perturbed images. The
 defaults are the paper's values. The clean images and each perturbed copy go through f in separate
 passes, or with `joint` as one batch, which changes what batch norm sees. Randomness is torch's
-global generators. Half-precision logits are raised to float32.
+global generators. Half-precision logits are cast to float32.
 
 To add a method: write a function here and name it in METHODS at the end.
 """
@@ -53,12 +53,12 @@ def jensen_shannon(*logits: Tensor) -> Tensor:
 
 
 def at_least_float32(logits: Tensor) -> Tensor:
-    """Raise float16 and bfloat16 to float32; float32 and float64 are unchanged."""
+    """Cast float16 and bfloat16 to float32; float32 and float64 are unchanged."""
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
 def forward(f: nn.Module, *copies: Tensor, joint: bool = False) -> list[Tensor]:
-    """The logits of each of `copies` (B, 3, H, W), in one pass each, or in one for all."""
+    """The logits of each copy (B, 3, H, W): one pass per copy, or with joint one for all."""
     if joint:
         return list(at_least_float32(f(torch.cat(copies))).chunk(len(copies)))
     return [at_least_float32(f(copy)) for copy in copies]
@@ -162,7 +162,7 @@ def at_loss(
 ) -> tuple[Tensor, Tensor]:
     """Eq. (2), adversarial training: max over |delta|_inf <= epsilon of L(f(x + delta), y).
 
-    By PGD from delta = 0.
+    PGD starts at delta = 0.
     """
     check_images(x)
     x_adv = pgd_attack(
@@ -243,8 +243,8 @@ def magnma_loss(
     L(f(x), y) + lambda1 [p(x)]_y E D(p(x) || p(x + delta))
                + lambda2 [p(x)]_y E D(p(x) || p(x_a(w)))
 
-    A zero lambda leaves its loop over k out: the paper's two ablations. The gradient flows through
-    everything, the weight [p(x)]_y and both arguments of D. operations: what T_a is drawn from, "A"
+    A zero lambda skips its loop over k, as in the paper's two ablations. The gradient flows through
+    everything: the weight [p(x)]_y and both arguments of D. operations: what T_a is drawn from, "A"
     or "augmix" (see mixed_augmentation). Raises ValueError for n < 1.
     """
     check_images(x)

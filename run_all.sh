@@ -31,8 +31,8 @@ die() {
   exit 2
 }
 
-# Prints a line for each run of the part: its folder, a tab, its command. Seeds are the outer loop, so that
-# every table is complete with one seed before any run is made with the next.
+# Prints one line for each run of the part: its folder, a tab, its command. Seeds are the outer loop, so
+# that every table is complete with one seed before the next seed starts.
 commands() {
   local seed parts dataset arch name flags folder
   for seed in $SEEDS; do
@@ -106,7 +106,7 @@ run_tests() {
 python=${PYTHON:-.venv/bin/python}
 cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")"
 
-# What is asked for. rows: a regular expression for the first column of runs.txt
+# The arguments. rows: a regular expression for the first column of runs.txt
 mode=run
 [[ ! ${1:-} =~ ^(list|data|test)$ ]] || { mode=$1 && shift; }
 part=${1:-all}
@@ -125,16 +125,16 @@ if [[ $part == demo ]]; then # 8 epochs of 44 batches: digits has 1,437 training
 fi
 SEEDS=${SEEDS:-0 1 2} GPUS=${GPUS:-1} ROOT=${ROOT:-runs} DEVICE=${DEVICE:-cuda} FLAGS=${FLAGS:-}
 
-# Mistakes, before anything runs
-[[ $SEEDS =~ ^[0-9]+(\ +[0-9]+)*$ ]] || die "SEEDS takes numbers, as SEEDS=\"0 1\", not '$SEEDS'"
-[[ $GPUS =~ ^[1-9][0-9]*$ ]] || die "GPUS takes a number, as GPUS=2, not '$GPUS'"
+# Check everything before the first run
+[[ $SEEDS =~ ^[0-9]+(\ +[0-9]+)*$ ]] || die "SEEDS takes numbers, e.g. SEEDS=\"0 1\", not '$SEEDS'"
+[[ $GPUS =~ ^[1-9][0-9]*$ ]] || die "GPUS takes a number, e.g. GPUS=2, not '$GPUS'"
 [[ $DEVICE =~ ^(cuda|cpu)$ ]] || die "DEVICE is cuda or cpu, not '$DEVICE'"
 for flag in $FLAGS; do
   [[ ! ${flag%%=*} =~ ^--(dataset|arch|method|tag|seed|device|out|resume)$ ]] ||
     die "FLAGS cannot have ${flag%%=*}: run_all.sh sets this flag itself"
 done
 [[ -z $FLAGS || $(realpath -m "$ROOT") != "$(realpath -m runs)" ]] ||
-  die "FLAGS change the paper's runs. Choose another folder than runs, as ROOT=runs-quick"
+  die "FLAGS change the paper's recipe. Choose another folder than runs, e.g. ROOT=runs-quick"
 [[ $mode != list ]] || { commands | cut -f 2- && exit; }
 if [[ $mode == run && $DEVICE == cuda ]]; then
   visible=${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null)} || true

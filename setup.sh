@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes .venv with the packages of requirements.txt. Where that is done already, it does nothing.
+# Makes .venv with the packages of requirements.txt. Does nothing if they are installed already.
 #
 #   bash setup.sh          on GPUs that need it (V100s, older drivers): torch's build for CUDA 12.6
 #   bash setup.sh cu126    that build in any case, e.g. on a cluster's login node without a GPU
@@ -18,7 +18,7 @@ pip() {
 build=${1:-}
 [[ $# -le 1 && $build =~ ^(cu126)?$ ]] || die "unknown argument. Usage: bash setup.sh [cu126]"
 
-# Lines like "535.104.05, 7.0". With drivers before 510 nvidia-smi cannot tell the compute capability.
+# Lines like "535.104.05, 7.0". The nvidia-smi of drivers before 510 does not know compute_cap.
 gpus=$(nvidia-smi --query-gpu=driver_version,compute_cap --format=csv,noheader 2>/dev/null) ||
   gpus=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null) || gpus=""
 refused=$(awk -F, '/^[0-9]/ && ($1 + 0 < 525 || $1 + 0 < 580 && $2 + 0 >= 10)' <<<"$gpus")

@@ -1,6 +1,6 @@
 """The list of all runs, and Tables 1-5 of the paper: our numbers beside the published ones.
 
-    python tables.py runs                                    # a row per run, averaged over seeds
+    python tables.py runs                                    # one row per run, averaged over seeds
     python tables.py runs --table 3                          # ours, the paper's, the difference
     python tables.py runs --table 3 --dataset digits --arch resnet20    # smaller runs in its layout
     python tables.py runs --csv > runs.csv                   # every accuracy and calibration error
@@ -37,7 +37,7 @@ SUMMARY = ("clean", "mca", "clean_rmse", "corrupt_rmse")
 SCORES = ("accuracy", "rms_calibration_error", "rms_calibration_error_adaptive")
 NOT_RUN = "—"
 
-FORM = {  # what is read of results.json beside its numbers
+FORM = {  # what is read from results.json besides its numbers
     "": {"departures": dict, "seed": int, "tag": str},
     "recipe": {
         "dataset": str, "arch": str, "method": str, "epochs": int, "amp": str, "train_images": int,
@@ -92,7 +92,7 @@ def published(numbers: str) -> dict[Key, Cell]:
 
 
 def read_results(root: str | Path) -> tuple[dict[Path, dict], list[str]]:
-    """Every sound results.json below `root` by its path, and one line for each that is left out.
+    """Every valid results.json below `root` by its path, and one line for each that is left out.
 
     Raises UserError if there is none.
     """
@@ -140,7 +140,7 @@ def check(content: dict) -> None:
             if any(len(numbers) != 3 for numbers in bins):
                 raise UserError("its reliability diagrams do not have 3 numbers per bin")
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"it is not of the form that evaluate.py writes now ({error!r})") from None
+        raise UserError(f"it was not written by this version of evaluate.py ({error!r})") from None
 
 
 def group_runs(runs: dict[Path, dict]) -> list[Group]:
@@ -235,7 +235,7 @@ def describe_differences(groups: list[Group]) -> str:
 
 
 def closest_to_paper(groups: list[Group], checkpoint: str) -> dict[Place, list[Group]]:
-    """The groups of each place. First the one to show: evaluated, fewest departures, most seeds."""
+    """The groups of each place, the one to show first: evaluated, fewest departures, most seeds."""
 
     def rank(group: Group) -> tuple[bool, int, int]:
         seeds = len(evaluations(group, checkpoint))
@@ -252,7 +252,7 @@ def closest_to_paper(groups: list[Group], checkpoint: str) -> dict[Place, list[G
 
 
 def print_list(groups: list[Group], checkpoint: str, style: str) -> None:
-    """Print one row per group, and below it what the row cannot say."""
+    """Print one row per group, and notes below the table."""
     about = ["data set", "network", "method", "seeds", "epochs", "precision", "images"]
     about += ["corruptions"]
     rows, same_name = [], {}
@@ -282,7 +282,7 @@ def repeated_notes(groups: list[Group]) -> list[str]:
 
 
 def print_csv(runs: dict[Path, dict]) -> None:
-    """Tidy CSV: a row for each run, checkpoint, corruption and severity (`clean`: 0)."""
+    """Tidy CSV: one row for each run, checkpoint, corruption and severity (`clean`: 0)."""
     writer = None
     for path, run in runs.items():
         recipe, evaluation = run["recipe"], run["evaluation"]
@@ -428,14 +428,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags, `dataset` as the name that a run has."""
     parser = utils.Parser(description="A list of all runs, and the paper's tables from them.")
     flag = parser.add_argument
-    flag("runs", nargs="?", default="runs", help="the folder to read every results.json of")
+    flag("runs", nargs="?", default="runs", help="read every results.json below this folder")
     flag(
         "--table",
         choices=(*PAPER["tables"], "all"),
-        help="a table of the paper, beside its numbers",
+        help="a table of the paper: our numbers beside the published ones",
     )
-    flag("--dataset", help="shown in place of CIFAR-10 (Table 4: CIFAR-100); list: only it")
-    flag("--arch", help="shown in place of ResNet-18; list: only it")
+    flag("--dataset", help="shown in place of CIFAR-10 (Table 4: CIFAR-100); the list has only it")
+    flag("--arch", help="shown in place of ResNet-18; the list has only it")
     flag("--checkpoint", choices=("best", "last"), default="best", help="the paper reports best")
     flag(
         "--format", choices=("text", "github", "latex"), default="text", help="latex uses booktabs"
@@ -443,7 +443,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--csv", action="store_true", help="every number of both checkpoints, one per row")
     args = parser.parse_args(argv)
     if args.csv and args.table:
-        parser.error("--csv and --table exclude each other")
+        parser.error("--csv and --table cannot be combined")
     if args.dataset and args.dataset.lower().endswith(".npz"):
         args.dataset = Path(args.dataset).stem
     return args

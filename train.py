@@ -39,7 +39,8 @@ from models import ARCHS, build_model, recompute
 from utils import UserError, seed
 
 LARGE = ("densenet121", "densenet121_k32", "inceptionv3")  # recomputed by default, to fit 16 GB
-COLUMN = ("lambda1", "lambda2", "sigma_max", "beta")  # MAGNMA's, which name a column of the tables
+# MAGNMA's settings that identify a column of the tables: never departures from the paper
+COLUMN = ("lambda1", "lambda2", "sigma_max", "beta")
 SHARED = ("arch", "method", "epochs", "batch_size", "lr", "weight_decay", "eval_every", "subset",
           "joint")  # fmt: skip
 LOG = ("epoch", "lr", "train_loss", "train_accuracy", "test_accuracy",
@@ -85,7 +86,7 @@ def train(run: Run) -> None:
         X_t = preprocess(X, dataset.hflip)  # Sec. 4
         order = torch.randperm(len(X))[: len(X) // B * B].to(run.device)
         seed(args.seed, t, run.rank)
-        totals = torch.zeros(2, dtype=torch.float64, device=run.device)  # of loss, of correct ones
+        totals = torch.zeros(2, dtype=torch.float64, device=run.device)  # sums: loss, correct
         f.train()
         for batch in progress(run, order.split(B)):  # for each batch (x, y) ~ D do
             share = batch[run.rank :: run.world]
@@ -98,7 +99,7 @@ def train(run: Run) -> None:
             scaler.update()
             sgd.zero_grad()
             correct = (logits.detach().argmax(dim=1) == y).sum()
-            totals += torch.stack([loss.detach() * len(share), correct])  # not read before the end
+            totals += torch.stack([loss.detach() * len(share), correct])  # stays on the device
         finish_epoch(run, eta_t, totals, len(order), start)
 
 
@@ -128,7 +129,7 @@ def finish_epoch(run: Run, eta_t: float, totals: Tensor, images: int, start: flo
     """Check the loss, test, log, save. Raises UserError if the loss is not finite."""
     if run.world > 1:
         dist.all_reduce(totals)
-        for buffer in run.f.buffers():  # batch norm's: only the first process's are saved
+        for buffer in run.f.buffers():  # batch norm's, as the first process saves them
             dist.broadcast(buffer, 0)
     train_loss, train_accuracy = totals[0].item() / images, 100 * totals[1].item() / images
     seconds = time.monotonic() - start
@@ -215,7 +216,7 @@ def describe_differences(saved: dict, recipe: dict) -> str:
 
 
 def lock(folder: Path) -> IO | None:
-    """Refuse a second process in the same folder (UserError), as long as the returned file is open.
+    """Lock a run's folder while the returned file is open. UserError if another process has it.
 
     The kernel releases the lock however the process ends. Does nothing where files have no locks.
     """
@@ -262,18 +263,17 @@ def open_run(run: Run) -> None:
             run.log += saved["log"]
         except (KeyError, TypeError, RuntimeError) as error:
             raise UserError(f"{last} is damaged ({str(error)[:80]}). Use --tag or --out") from None
-        run.sgd.param_groups[0]["fused"] = (
-            run.device.type == "cuda"
-        )  # it may come from another device
+        # the checkpoint may come from another device
+        run.sgd.param_groups[0]["fused"] = run.device.type == "cuda"
     if dist.is_initialized():
-        dist.barrier()  # nothing is written before every process has looked
+        dist.barrier()  # every process has read the folder before the first one writes
     if run.rank > 0:
         return
-    for leftover in folder.glob(".*.tmp"):  # of a process that was killed while saving
+    for leftover in folder.glob(".*.tmp"):  # left by a process killed while saving
         leftover.unlink()
     if run.log:
         write_log(folder, run.log)
-    if len(run.log) < run.args.epochs:  # `ran` is where it runs now, as in the next checkpoint
+    if len(run.log) < run.args.epochs:  # with `ran` of this machine
         utils.write_json(folder / "config.json", run.config)
     if run.args.resume:
         done, epochs = len(run.log), run.args.epochs
@@ -328,7 +328,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--epochs", type=count, default=150, help="T of Algorithm 1")
     flag("--batch-size", type=count, default=512, help="|B|, over all processes")
     flag("--lr", type=positive, default=0.1, help="divided by 10 every ceil(epochs / 3) epochs")
-    flag("--weight-decay", type=not_negative, default=5e-4, help="of SGD, Nesterov momentum 0.9")
+    flag("--weight-decay", type=not_negative, default=5e-4, help="SGD with Nesterov momentum 0.9")
 
     paper = {k: v for method in METHODS.values() for k, v in method.defaults.items()}
     group = parser.add_argument_group("hyperparameters of the methods, for pixels in [0, 1]")
@@ -342,10 +342,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     own("sigma-max", not_negative, "MAGNMA, GN: largest noise level")
     own("beta", utils.number(float, low=0.01), "MAGNMA: w ~ Beta(beta, beta) mixes x with T_a(x)")
     own("n", count, "MAGNMA: samples of each regulariser")
-    own("operations", str, "MAGNMA: T_a is one of the text's four (A) or of AugMix's nine (augmix)")
+    own("operations", str, "MAGNMA: T_a is one of the paper's four (A) or AugMix's nine (augmix)")
     own("epsilon", not_negative, "AT, TRADES: l_inf radius; by default 8/255")
     own("pgd-steps", natural, "AT, TRADES: steps of the attack")
-    own("pgd-step-size", not_negative, "AT, TRADES: by default 2.5 epsilon / steps")
+    own("pgd-step-size", not_negative, "AT, TRADES: step size; by default 2.5 epsilon / steps")
     own("trades-lambda", not_negative, "TRADES: weight of the robust term")
     own("rse-sigma", not_negative, "RSE: noise level")
     own("jsd-lambda", not_negative, "AugMix: weight of the Jensen-Shannon divergence")
@@ -358,7 +358,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     flag = parser.add_argument_group("how").add_argument
     flag("--subset", type=count, help="train on the first N images")
-    flag("--eval-every", type=count, default=5, help="test after the first, every N-th, last epoch")
+    flag("--eval-every", type=count, default=5, help="test epoch 1, every N-th and the last")
     flag("--device", default="auto", help="auto, cpu, cuda or cuda:<index>")
     flag("--amp", choices=utils.AMP, default="auto", help=utils.AMP_HELP)
     flag("--compile", action="store_true", help="torch.compile the network")
@@ -467,11 +467,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         train(run)
     except KeyboardInterrupt:
-        epoch = (
-            utils.load_checkpoint(folder / "last.pt")["epoch"]
-            if (folder / "last.pt").exists()
-            else 0
-        )
+        last = folder / "last.pt"
+        epoch = utils.load_checkpoint(last)["epoch"] if last.exists() else 0
         tqdm.write(f"{folder}: --resume continues after epoch {epoch}")
         raise
     except torch.OutOfMemoryError:

@@ -36,7 +36,7 @@ except RuntimeError as error:
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend: `run_main` prints it as one line, without a traceback."""
+    """A mistake that the user can fix: `run_main` prints it as one line, without a traceback."""
 
 
 AMP = ("auto", "bf16", "fp16", "off")  # of --amp
@@ -48,7 +48,7 @@ AMP_HELP = "mixed precision; auto: bf16 on GPUs that have it, fp16 on older ones
 def pick_device(name: str = "auto") -> torch.device:
     """The device for `--device`: `auto` (a GPU if there is one, else the CPU), `cpu`, `cuda[:<k>]`.
 
-    Under torchrun `auto` and `cuda` are this process' GPU. Raises UserError for an unknown name, a
+    Under torchrun `auto` and `cuda` are this process's GPU. Raises UserError for an unknown name, a
     GPU that does not exist, and one that this torch has no kernels for.
     """
     if name == "cpu":
@@ -70,7 +70,7 @@ def pick_device(name: str = "auto") -> torch.device:
         torch.cuda.set_device(device)
         torch.ones(1, device=device).add(1).item()
     except torch.OutOfMemoryError:
-        raise  # run_main has the words for it
+        raise  # run_main reports it
     except RuntimeError as error:
         raise UserError(
             f"--device {name}: torch {torch.__version__} does not run on this GPU"
@@ -109,7 +109,7 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContext
 def optimiser(f: torch.nn.Module, lr: float, weight_decay: float) -> torch.optim.SGD:
     """SGD with Nesterov momentum 0.9 (Sec. 4).
 
-    On a GPU in one fused kernel, which skips an overflowed step without asking the host.
+    On a GPU one fused kernel, which skips an overflowed step without a sync with the host.
     """
     fused = next(f.parameters()).is_cuda
     sgd = torch.optim.SGD(
@@ -144,7 +144,7 @@ def make_folder(folder: str | Path) -> None:
 
 
 def check_out(path: Path) -> None:
-    """Raise UserError unless the file of --out can be written: before the work, not after it."""
+    """Raise UserError unless the file of --out can be written. Call it before the work."""
     if path.exists() and not path.is_file():
         raise UserError(f"--out {path} is not a file. Name the file to write")
     make_folder(path.parent)
@@ -224,10 +224,11 @@ def load_checkpoint(path: str | Path) -> dict:
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Show a flag's default, unless it has none or its help gives it."""
+    """Show a flag's default, unless it is empty or the help gives it."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        given = action.default is None or action.default is False or "default" in action.help
+        empty = action.default is None or action.default is False or action.default == ""
+        given = empty or "default" in action.help
         return action.help if given else super()._get_help_string(action)
 
 
@@ -252,7 +253,7 @@ def number(kind: type, low: float = -math.inf, above: float = -math.inf) -> Call
             raise argparse.ArgumentTypeError(f"{text} is out of range, it must be {wanted}")
         return value
 
-    parse.__name__ = kind.__name__  # which argparse names where kind(text) raises
+    parse.__name__ = kind.__name__  # argparse names it if kind(text) fails
     return parse
 
 
@@ -277,7 +278,7 @@ def run_main(main: Callable[[], int | None]) -> int:
         return 0
     except KeyboardInterrupt:
         print(f"{script}: interrupted", file=sys.stderr)
-        return 130  # as shells have it: 128 + SIGINT
+        return 130  # the shells' convention: 128 + SIGINT
     except torch.OutOfMemoryError:
         full = "the GPU's memory is full. nvidia-smi shows what else uses it"
         print(f"{script}: {full}", file=sys.stderr)
@@ -320,7 +321,7 @@ def commit() -> str:
 
     here = Path(__file__).resolve().parent
     try:
-        if Path(git("rev-parse", "--show-toplevel")) != here:  # a repository around this folder
+        if Path(git("rev-parse", "--show-toplevel")) != here:  # inside another repository
             return "unknown"
         return git("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes")
     except (OSError, subprocess.CalledProcessError):
