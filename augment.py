@@ -299,7 +299,8 @@ def draw_mixed(count: int, beta: float, operations: str = "A") -> tuple[Tensor, 
     if operations == "augmix":
         v = v * (2 * torch.randint(0, 2, (count,)) - 1)
     concentration = torch.tensor(beta, dtype=torch.float64)
-    w = torch.distributions.Beta(concentration, concentration).sample((count,))  # refuses beta <= 0
+    # raises ValueError for beta <= 0
+    w = torch.distributions.Beta(concentration, concentration).sample((count,))
     return a, v, w
 
 
@@ -388,8 +389,8 @@ def augmix(x: Tensor) -> Tensor:
 def draw_augmix(count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The draws of `augmix` on the host: op, v (count, WIDTH, DEPTH), w (count, WIDTH), m (count,).
 
-    The levels are |v| ~ U(0.1, u) with u ~ U{1..10} the image's severity. After a chain's end op
-    is -1.
+    The levels are |v| ~ U(0.1, u) with u ~ U{1..10} the image's severity. op is -1 past the end of
+    a chain.
     """
     length = torch.randint(1, DEPTH + 1, (count, WIDTH, 1))
     op = torch.randint(0, len(OPERATIONS), (count, WIDTH, DEPTH))

@@ -9,6 +9,7 @@ pixels. Competing versions are timed alternately, so background load affects bot
 printed has what others need to know: please send it in as an issue if you ran this on a GPU.
 """
 
+import gc
 import os
 import re
 import sys
@@ -43,7 +44,7 @@ from corruptions import SEVERITIES, corrupt
 from evaluate import predict
 from losses import METHODS
 from models import build_model, recompute
-from utils import UserError, torchvision
+from utils import torchvision
 
 transforms, to_tensor = torchvision.transforms, torchvision.transforms.functional.to_tensor
 
@@ -243,7 +244,7 @@ def main(argv: list[str] | None = None) -> None:
     flag = parser.add_argument
     positive = utils.number(float, above=0)
     flag("--device", default="auto", help="auto, cpu, cuda or cuda:<index>")
-    flag("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="as in train.py")
+    flag("--amp", choices=utils.AMP, default="auto", help=utils.AMP_HELP)
     flag("--batch-size", type=utils.number(int, low=1), help="by default 512 on a GPU, else 16")
     flag("--seconds", type=positive, default=120.0, help="for timing; preparing comes on top")
     flag("--out", help="the JSON file; by default results/benchmark-cpu.json or -<GPU>.json")
@@ -253,12 +254,7 @@ def main(argv: list[str] | None = None) -> None:
     name = re.sub(r"\W+", "-", utils.describe(device).lower()) if gpu else "cpu"
     out, batch = Path(args.out or f"results/benchmark-{name}.json"), args.batch_size
     batch = batch or (512 if gpu else 16)
-    if out.exists() and not out.is_file():
-        raise UserError(f"--out {out} is not a file. Name the file to write")
-    try:
-        utils.make_folder(out.parent)
-    except UserError as error:
-        raise UserError(f"--out {out}: {error}") from None
+    utils.check_out(out)
     precision = {"precision": utils.amp_name(dtype), "batch_size": batch, "seconds": seconds}
     about = utils.provenance(device) | precision | {"load_before": load}
 
@@ -272,6 +268,7 @@ def main(argv: list[str] | None = None) -> None:
             trained.append(training(*run, u8, dtype, 0.6 * seconds / len(runs)))
         except torch.OutOfMemoryError:
             skipped.append(f"{run[0]} {run[1]}")
+            gc.collect()  # a recomputed network refers to itself
             torch.cuda.empty_cache()
     f = build_model("resnet18", 10).to(device, memory_format=torch.channels_last)
     functions = {"evaluation": lambda: predict(f, images, dtype=dtype)}

@@ -271,7 +271,10 @@ def load_test_set(args: argparse.Namespace, run: dict) -> tuple[Dataset, bool]:
         )
     classes, trained = len(dataset.classes), run["recipe"]["classes"]
     if classes != trained:
-        raise UserError(f"--dataset {args.dataset} has {classes} classes, not the run's {trained}")
+        raise UserError(
+            f"--dataset {args.dataset} has {classes} classes, not the run's {trained}."
+            " If its images are of fewer classes, save the names of all as `classes` in the file"
+        )
     images = len(dataset.test_images)
     if args.limit is not None and args.limit > images:
         raise UserError(f"--limit {args.limit}: {dataset.name} has {images} test images")
@@ -336,7 +339,7 @@ def main(argv: list[str] | None = None) -> None:
     if out:
         utils.write_json(out, results)
     print_columns(results, dataset)
-    print(f"written to {out}" if out else "not written to a file; --out FILE writes it")
+    print(f"written to {out}" if out else "not saved; --out FILE saves it")
 
 
 def print_columns(results: dict, dataset: Dataset) -> None:

@@ -13,7 +13,6 @@ import csv
 import itertools
 import os
 import sys
-import tempfile
 import textwrap
 from pathlib import Path
 
@@ -36,7 +35,7 @@ from data import CORRUPTIONS
 from tables import MAGNMA, MIX, NINE, NOISE, SETTINGS, Cell, Group, Place, evaluations, label
 from utils import UserError
 
-METHODS = {  # the tables' columns: colour, hatch, marker
+STYLES = {  # the tables' columns: colour, hatch, marker
     "standard": ("#999999", "", "o"), "at": ("#F0E442", "//", "v"),
     "trades": ("#E69F00", "\\\\", "^"), "rse": ("#CC79A7", "..", "<"), "gn": ("#56B4E9", "xx", ">"),
     "augmix": ("#0072B2", "//", "s"), NOISE: ("#009E73", "||", "P"), MIX: ("#000000", "", "X"),
@@ -89,7 +88,7 @@ def groups_to_draw(groups: list[Group]) -> dict[Place, Group]:
         name, column = ", ".join(map(label, place)), place[2]
         if not evaluations(shown, "best"):
             print(f"{name}: not drawn, best.pt was not evaluated")
-        elif column.removesuffix(NINE) in SETTINGS and column not in METHODS:
+        elif column.removesuffix(NINE) in SETTINGS and column not in STYLES:
             print(f"{name}: not drawn, this is a row of Table 5 only")
         else:
             drawn[place] = shown
@@ -130,15 +129,15 @@ def footer(groups: dict[Place, Group]) -> str:
 def columns_of(keys: dict[Place, object]) -> Styles:
     """The columns in the tables' order, the user's own after them, each with its style."""
     found = {column for _, _, column in keys}
-    others = zip(sorted(found - set(METHODS)), itertools.cycle(OTHERS), strict=False)
-    return {column: style for column, style in METHODS.items() if column in found} | dict(others)
+    others = zip(sorted(found - set(STYLES)), itertools.cycle(OTHERS), strict=False)
+    return {column: style for column, style in STYLES.items() if column in found} | dict(others)
 
 
 def pick(values: dict, datasets: list[str], arches: list[str], few: bool = False) -> dict:
     """The values of these data sets and networks, ordered; few: without other baselines."""
     columns = columns_of(values)
     if few:
-        columns = [column for column in columns if column in FEW or column not in METHODS]
+        columns = [column for column in columns if column in FEW or column not in STYLES]
     keys = itertools.product(datasets, arches, columns)
     return {key: values[key] for key in keys if key in values}
 
@@ -373,16 +372,6 @@ def save(figure: Figure, path: Path, note: str) -> None:
     print(path)
 
 
-def check_writable(folder: Path) -> None:
-    """Create the folder. Raises UserError naming --out if files cannot be written there."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(f"--out {folder}: cannot write there ({error.strerror})") from None
-
-
 def main(argv: list[str] | None = None) -> int:
     """Draw all figures that there are numbers for. Exit code 1 if something had to be left out."""
     parser = utils.Parser(description="The paper's figures from our runs, and four more.")
@@ -397,7 +386,7 @@ def main(argv: list[str] | None = None) -> int:
     ours, out = args.source == "runs", Path(args.out)
     if args.runs and not ours:
         parser.error("--source paper takes no folder of runs")
-    check_writable(out)
+    utils.make_folder(out)
 
     runs, problems = tables.read_results(args.runs or "runs") if ours else ({}, [])
     for path, run in runs.items():

@@ -250,9 +250,8 @@ def magnma_loss(
     check_images(x)
     if n < 1:
         raise ValueError(f"n must be at least 1, not {n}")
-    ks = range(n)
-    noisy = [gaussian_noise(x, sigma_max) for k in ks if lambda1]  # x + delta^(k)
-    mixed = [mixed_augmentation(x, beta, operations) for k in ks if lambda2]  # w x + (1 - w) T_a(x)
+    noisy = [gaussian_noise(x, sigma_max) for k in range(n if lambda1 else 0)]  # x + delta^(k)
+    mixed = [mixed_augmentation(x, beta, operations) for k in range(n if lambda2 else 0)]  # x_a^(k)
     logits, *others = forward(f, x, *noisy, *mixed, joint=joint)
 
     divergence = [kl_divergence(logits, other) for other in others]  # D(p(x) || p(x^(k)))

@@ -135,7 +135,7 @@ for flag in $FLAGS; do
 done
 [[ -z $FLAGS || $(realpath -m "$ROOT") != "$(realpath -m runs)" ]] ||
   die "FLAGS change the paper's recipe. Choose another folder than runs, e.g. ROOT=runs-quick"
-[[ $mode != list ]] || { commands | cut -f 2- && exit; }
+[[ $mode != list ]] || { commands | cut -f 2-; exit; }
 if [[ $mode == run && $DEVICE == cuda ]]; then
   visible=${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null)} || true
   gpus=$(tr , '\n' <<<"$visible" | grep -cE '^([0-9]|GPU-|MIG-)') || true

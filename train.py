@@ -237,34 +237,12 @@ def lock(folder: Path) -> IO | None:
 def open_run(run: Run) -> None:
     """Start the run in its folder, or restore it from last.pt. Refuses another run's folder."""
     folder, last = Path(run.args.out), Path(run.args.out, "last.pt")
-    path = last if last.exists() else folder / "config.json"
-    saved = {}
-    if path.exists():
-        saved = utils.load_checkpoint(last) if path == last else utils.read_json(path)
-        try:
-            before, now = ({**c["recipe"], "seed": c["seed"]} for c in (saved, run.config))
-        except (KeyError, TypeError):
-            raise UserError(
-                f"{path} was not written by this train.py. Use --tag or --out"
-            ) from None
-        differences = describe_differences(before, now)
-        if differences:
-            raise UserError(
-                f"the run in {folder} was started with {differences}. Use the same flags and"
-                " --resume to continue it, or --tag or --out to start another"
-            )
-        if not run.args.resume:
-            raise UserError(f"{folder} already holds this run. Use --resume to continue it")
-    if path == last and saved:
-        try:
-            run.f.load_state_dict(saved["model"])
-            run.sgd.load_state_dict(saved["optimizer"])
-            run.scaler.load_state_dict(saved["scaler"])
-            run.log += saved["log"]
-        except (KeyError, TypeError, RuntimeError) as error:
-            raise UserError(f"{last} is damaged ({str(error)[:80]}). Use --tag or --out") from None
-        # the checkpoint may come from another device
-        run.sgd.param_groups[0]["fused"] = run.device.type == "cuda"
+    if last.exists():
+        saved = utils.load_checkpoint(last)
+        check_same_run(saved, last, run)
+        restore(saved, last, run)
+    elif (folder / "config.json").exists():
+        check_same_run(utils.read_json(folder / "config.json"), folder / "config.json", run)
     if dist.is_initialized():
         dist.barrier()  # every process has read the folder before the first one writes
     if run.rank > 0:
@@ -273,12 +251,40 @@ def open_run(run: Run) -> None:
         leftover.unlink()
     if run.log:
         write_log(folder, run.log)
-    if len(run.log) < run.args.epochs:  # with `ran` of this machine
+    done, epochs = len(run.log), run.args.epochs
+    if done < epochs:  # with `ran` of this machine
         utils.write_json(folder / "config.json", run.config)
     if run.args.resume:
-        done, epochs = len(run.log), run.args.epochs
         state = f"continues at epoch {done + 1} of {epochs}" if done else "starts"
         tqdm.write(f"{folder}: {'is finished' if done == epochs else state}")
+
+
+def check_same_run(saved: dict, path: Path, run: Run) -> None:
+    """Raise UserError unless `saved`, read from `path`, is this run, and --resume was given."""
+    try:
+        before, now = ({**c["recipe"], "seed": c["seed"]} for c in (saved, run.config))
+    except (KeyError, TypeError):
+        raise UserError(f"{path} was not written by this train.py. Use --tag or --out") from None
+    differences = describe_differences(before, now)
+    if differences:
+        raise UserError(
+            f"the run in {run.args.out} was started with {differences}. Use the same flags and"
+            " --resume to continue it, or --tag or --out to start another"
+        )
+    if not run.args.resume:
+        raise UserError(f"{run.args.out} already holds this run. Use --resume to continue it")
+
+
+def restore(saved: dict, path: Path, run: Run) -> None:
+    """Load the network, the optimiser, the scaler and the log from last.pt."""
+    try:
+        run.f.load_state_dict(saved["model"])
+        run.sgd.load_state_dict(saved["optimizer"])
+        run.scaler.load_state_dict(saved["scaler"])
+        run.log += saved["log"]
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f"{path} is damaged ({str(error)[:80]}). Use --tag or --out") from None
+    run.sgd.param_groups[0]["fused"] = run.device.type == "cuda"  # saved on another device
 
 
 def save(run: Run) -> None:
@@ -333,16 +339,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     paper = {k: v for method in METHODS.values() for k, v in method.defaults.items()}
     group = parser.add_argument_group("hyperparameters of the methods, for pixels in [0, 1]")
 
-    def own(name: str, kind: Callable, text: str) -> None:
+    def own(name: str, kind: Callable, text: str, choices: tuple[str, ...] | None = None) -> None:
         default = paper[name.replace("-", "_")]
-        group.add_argument(f"--{name}", type=kind, default=default, help=text)
+        group.add_argument(f"--{name}", type=kind, choices=choices, default=default, help=text)
 
     own("lambda1", not_negative, "MAGNMA: weight of the noise regulariser; 0 leaves it out")
     own("lambda2", not_negative, "MAGNMA: weight of the mixed augmentations; 0 leaves them out")
     own("sigma-max", not_negative, "MAGNMA, GN: largest noise level")
     own("beta", utils.number(float, low=0.01), "MAGNMA: w ~ Beta(beta, beta) mixes x with T_a(x)")
     own("n", count, "MAGNMA: samples of each regulariser")
-    own("operations", str, "MAGNMA: T_a is one of the paper's four (A) or AugMix's nine (augmix)")
+    own("operations", str, "MAGNMA: T_a is of the text's four or AugMix's nine", ("A", "augmix"))
     own("epsilon", not_negative, "AT, TRADES: l_inf radius; by default 8/255")
     own("pgd-steps", natural, "AT, TRADES: steps of the attack")
     own("pgd-step-size", not_negative, "AT, TRADES: step size; by default 2.5 epsilon / steps")
@@ -373,8 +379,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--resume", action="store_true", help="continue the run, or start it")
 
     args = parser.parse_args(argv)
-    if args.operations not in ("A", "augmix"):
-        parser.error(f"argument --operations: {args.operations} is neither A nor augmix")
     if args.pgd_step_size is None:
         args.pgd_step_size = 2.5 * args.epsilon / max(1, args.pgd_steps)
     several = "joint" in METHODS[args.method].defaults  # does the method forward several copies
@@ -423,18 +427,11 @@ def check_sizes(args: argparse.Namespace, dataset: Dataset, world: int) -> None:
         raise UserError(f"--batch-size {args.batch_size} is not divisible by {world} processes")
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    device = utils.pick_device(args.device)
+def build_run(
+    args: argparse.Namespace, dataset: Dataset, device: torch.device, rank: int, world: int
+) -> Run:
+    """The network, optimiser and scaler of a run at its start, and its config.json."""
     dtype = utils.amp_dtype(args.amp, device)
-    rank, world = start_processes(args, device)
-    if rank > 0:
-        dist.barrier()  # the first process may have to download
-    dataset = load_dataset(args.dataset, args.data)
-    if world > 1 and rank == 0:
-        dist.barrier()
-    check_sizes(args, dataset, world)
-
     recipe = recipe_of(args, dataset, utils.amp_name(dtype), world)
     ran = {name: vars(args)[name] for name in ("dataset", "data", "out", "compile", "recompute")}
     config = {
@@ -448,22 +445,33 @@ def main(argv: list[str] | None = None) -> None:
     f = build_model(args.arch, len(dataset.classes)).to(device, memory_format=torch.channels_last)
     sgd = utils.optimiser(f, args.lr, args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
-    run = Run(args, dataset, device, dtype, rank, world, f, sgd, scaler, config, [])
+    return Run(args, dataset, device, dtype, rank, world, f, sgd, scaler, config, [])
 
-    folder = Path(args.out)
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    folder, device = Path(args.out), utils.pick_device(args.device)
+    rank, world = start_processes(args, device)
+    if rank > 0:
+        dist.barrier()  # the first process may have to download
+    dataset = load_dataset(args.dataset, args.data)
+    if world > 1 and rank == 0:
+        dist.barrier()
+    check_sizes(args, dataset, world)
+    run = build_run(args, dataset, device, rank, world)
     if rank == 0:
         utils.make_folder(folder)
         locked = lock(folder)  # noqa: F841 - until the process ends
         devices = f" x {world}" if world > 1 else ""
         tqdm.write(
             f"{folder}: {args.method}, {args.arch}, {dataset.name} ({dataset.source}),"
-            f" {utils.describe(device)}{devices}, precision {recipe['amp']}"
+            f" {utils.describe(device)}{devices}, precision {run.config['recipe']['amp']}"
         )
     open_run(run)
     if args.compile:
-        f.forward = torch.compile(f.forward, dynamic=False)
+        run.f.forward = torch.compile(run.f.forward, dynamic=False)
     if args.recompute:
-        recompute(f)
+        recompute(run.f)
     try:
         train(run)
     except KeyboardInterrupt:
@@ -472,7 +480,7 @@ def main(argv: list[str] | None = None) -> None:
         tqdm.write(f"{folder}: --resume continues after epoch {epoch}")
         raise
     except torch.OutOfMemoryError:
-        raise UserError(f"the GPU's memory is full. {what_needs_less(run)} needs less") from None
+        raise UserError(f"the GPU's memory is full. {memory_advice(run)} needs less") from None
     if rank == 0:
         tqdm.write(f"evaluate it: python evaluate.py {folder}")
     if dist.is_initialized():
@@ -480,7 +488,7 @@ def main(argv: list[str] | None = None) -> None:
         dist.destroy_process_group()
 
 
-def what_needs_less(run: Run) -> str:
+def memory_advice(run: Run) -> str:
     """The flags that would make this run need less GPU memory."""
     flags = []
     if run.dtype is None:

@@ -368,7 +368,7 @@ def test_where_results_are_written(run, calls, capsys, flags, existing, written)
         about = results["evaluation"]
         assert (about["limit"], about["test_images"]) == (limit, images)
     else:
-        assert last_line == "not written to a file; --out FILE writes it"
+        assert last_line == "not saved; --out FILE saves it"
     if written != "results.json":
         assert (RUN / "results.json").exists() is existing
         assert not existing or (RUN / "results.json").read_text() == "{}"

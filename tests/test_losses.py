@@ -434,6 +434,7 @@ def test_mixed_precision_stays_close_to_float32(name, dtype):
     [
         *((resnet20, name, None) for name in ("standard", "at", "trades", "magnma")),
         (resnet20, "trades", torch.bfloat16),
+        (resnet20, "magnma", torch.bfloat16),
         (norm_network, "magnma", None),  # dropout
     ],
 )

@@ -172,6 +172,9 @@ def test_settings_reach_the_commands(project: Path) -> None:
 def test_list_needs_neither_packages_nor_gpu_and_one_line_of_it_is_a_job(project: Path) -> None:
     done = bash(project, "list", "table3", PYTHON="", GPUS="8")  # setup.sh would find no python3
     assert done.stdout.count(".venv/bin/python train.py") == 27
+    first = "bash run_all.sh list table3 | sed 1q"  # a closed pipe ends it
+    subprocess.run(["bash", "-c", first], cwd=project, env=variables(project, {}), check=True)
+    assert calls(project) == []
     job = "bash run_all.sh list table3 | sed -n 5p | bash"
     folder = "runs/cifar10/resnet18/trades/seed0"
     (project / folder).mkdir(parents=True)  # as train.py does

@@ -160,7 +160,7 @@ WRONG = {
     "--epsilon nan": "argument --epsilon: nan is out of range",
     "--epochs 1.5": "argument --epochs: invalid int value: '1.5'",
     "--method magma": "argument --method: invalid choice: 'magma' (choose from",
-    "--operations all": "argument --operations: all is neither A nor augmix",
+    "--operations all": "argument --operations: invalid choice: 'all' (choose from",
     "--learning-rate 1": "unrecognized arguments: --learning-rate 1",
     "--recompute --joint": "--recompute saves no memory with --joint; use one of the two",
 } | dict.fromkeys(
