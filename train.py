@@ -348,7 +348,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     own("sigma-max", not_negative, "MAGNMA, GN: largest noise level")
     own("beta", utils.number(float, low=0.01), "MAGNMA: w ~ Beta(beta, beta) mixes x with T_a(x)")
     own("n", count, "MAGNMA: samples of each regulariser")
-    own("operations", str, "MAGNMA: T_a is of the text's four or AugMix's nine", ("A", "augmix"))
+    own(
+        "operations",
+        str,
+        "MAGNMA: T_a is one of the text's four, or AugMix's nine",
+        ("A", "augmix"),
+    )
     own("epsilon", not_negative, "AT, TRADES: l_inf radius; by default 8/255")
     own("pgd-steps", natural, "AT, TRADES: steps of the attack")
     own("pgd-step-size", not_negative, "AT, TRADES: step size; by default 2.5 epsilon / steps")
