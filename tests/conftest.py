@@ -14,16 +14,7 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
 
 RUN = Path("runs/tiny/resnet20/magnma/seed0")  # of `home`
-FLAGS = [
-    "--dataset",
-    "data/tiny.npz",
-    "--arch",
-    "resnet20",
-    "--batch-size",
-    "32",
-    "--device",
-    "cpu",
-]
+FLAGS = "--dataset data/tiny.npz --arch resnet20 --batch-size 32 --device cpu --epochs 2 --n 1"
 
 
 @pytest.fixture
@@ -55,7 +46,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     np.savez(folder / "data/tiny.npz", **arrays)
     with contextlib.chdir(folder):
         corruptions.main(["--dataset", "data/tiny.npz", "--workers", "1"])
-        train.main([*FLAGS, "--epochs", "2", "--eval-every", "1", "--n", "1"])
+        train.main([*FLAGS.split(), "--eval-every", "1"])
         evaluate.main([str(RUN), "--device", "cpu"])
     return folder
 
@@ -68,6 +59,17 @@ def place(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def refused(function, *args, **options) -> str:
+    """The message of the UserError that function(*args, **options) ends with."""
+    from utils import UserError
+
+    try:
+        function(*args, **options)
+    except UserError as error:  # pytest.raises would keep what the function has open
+        return str(error)
+    raise AssertionError("not refused")
+
+
 # Results that no run gave, for tables.py and figures.py
 
 PAPER = {
@@ -77,23 +79,14 @@ PAPER = {
 SETTING = {"lambda1": 0.2, "lambda2": 0.3, "sigma_max": 0.2, "beta": 1.0}
 
 
-def make_evaluation(
-    clean: float = 90.0,
-    accuracy: float = 80.0,
-    clean_rmse: float = 3.0,
-    corrupt_rmse: float = 5.0,
-    **corruptions: float,
-) -> dict:
+def make_evaluation(clean=90.0, accuracy=80.0, clean_rmse=3.0, corrupt_rmse=5.0, **corruptions):
     """An entry of results.json. The five severities of a corruption have the mean `accuracy`, or
     the value given by the corruption's name."""
     from data import CORRUPTIONS
 
     def cell(value: float, rmse: float = 4.0) -> dict:
-        return {
-            "accuracy": value,
-            "rms_calibration_error": rmse,
-            "rms_calibration_error_adaptive": 99.0,
-        }
+        adaptive = {"rms_calibration_error_adaptive": 99.0}
+        return {"accuracy": value, "rms_calibration_error": rmse} | adaptive
 
     means = dict.fromkeys(CORRUPTIONS, accuracy) | corruptions
     bins = [[0.0, 0.0, 0.0]] * 14 + [[40.0, 36.0, 30.0], [120.0, 118.0, 90.0]]
