@@ -8,10 +8,10 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import refused
 
 import benchmark
 import train
-import utils
 from models import build_model
 
 
@@ -70,12 +70,10 @@ def test_the_script(tmp_path, capsys, monkeypatch):
     assert line.count("resnet18") == line.count(" h") == 7
 
 
-@pytest.mark.parametrize("out", ["", "file/b.json"])
-def test_an_out_that_cannot_be_written_is_named_before_measuring(out, tmp_path, monkeypatch):
-    (tmp_path / "file").touch()
+def test_an_out_that_cannot_be_written_is_named_before_measuring(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "training", None)
-    with pytest.raises(utils.UserError, match=r"--out"):
-        benchmark.main(["--device", "cpu", "--out", str(tmp_path / out)])
+    flags = ["--device", "cpu", "--out", str(tmp_path)]
+    assert f"--out {tmp_path} is not a file" in refused(benchmark.main, flags)
 
 
 def test_a_run_that_does_not_fit_is_named(tmp_path, capsys, monkeypatch):
