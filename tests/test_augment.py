@@ -1,7 +1,7 @@
 """augment.py against Pillow and torchvision image by image, and the distribution of each draw.
 
-draw_preprocessing, draw_mixed and draw_augmix repeat the draws of a call from its seed. AugMix's
-nine operations are Pillow's in benchmark.usual_operation.
+The functions draw_* repeat the draws of a call from its seed. AugMix's nine operations are Pillow's
+in benchmark.usual_operation.
 """
 
 import math
@@ -13,21 +13,7 @@ from PIL import Image, ImageOps
 from scipy import stats
 
 import augment
-from augment import (
-    OPERATIONS,
-    apply_operations,
-    augmix,
-    autocontrast,
-    draw_augmix,
-    draw_mixed,
-    draw_preprocessing,
-    equalize,
-    gaussian_noise,
-    mixed_augmentation,
-    posterize,
-    preprocess,
-    solarize,
-)
+from augment import OPERATIONS, A, augmix, gaussian_noise, mixed_augmentation, preprocess
 from benchmark import usual_operation
 from data import load_dataset
 from utils import torchvision
@@ -96,19 +82,18 @@ def level_cdf(q: np.ndarray) -> np.ndarray:
 def test_level_operations_equal_pillow_bit_for_bit():
     images = sample_images()
     bits, threshold = torch.randint(1, 9, (len(images),)), torch.randint(0, 257, (len(images),))
-    assert_equals_pillow(autocontrast(images), images, lambda x, i: ImageOps.autocontrast(x))
-    assert_equals_pillow(equalize(images), images, lambda x, i: ImageOps.equalize(x))
-    assert_equals_pillow(
-        posterize(images, bits), images, lambda x, i: ImageOps.posterize(x, int(bits[i]))
-    )
-    assert_equals_pillow(
-        solarize(images, threshold), images, lambda x, i: ImageOps.solarize(x, int(threshold[i]))
-    )
-
-
-def test_equalize_equals_pillow_on_large_images():
-    images = (torch.rand(3, 3, 300, 200) ** 3 * 256).to(torch.uint8)
-    assert_equals_pillow(equalize(images), images, lambda x, i: ImageOps.equalize(x))
+    large = (torch.rand(3, 3, 300, 200) ** 3 * 256).to(torch.uint8)
+    for ours, theirs in (
+        (augment.autocontrast, lambda x, i: ImageOps.autocontrast(x)),
+        (augment.equalize, lambda x, i: ImageOps.equalize(x)),
+        (lambda x: augment.posterize(x, bits), lambda x, i: ImageOps.posterize(x, int(bits[i]))),
+        (
+            lambda x: augment.solarize(x, threshold),
+            lambda x, i: ImageOps.solarize(x, int(threshold[i])),
+        ),
+    ):
+        assert_equals_pillow(ours(images), images, theirs)
+    assert_equals_pillow(augment.equalize(large), large, lambda x, i: ImageOps.equalize(x))
 
 
 def test_autocontrast_equals_pillow_whatever_the_extreme_levels():
@@ -116,7 +101,9 @@ def test_autocontrast_equals_pillow_whatever_the_extreme_levels():
     low, high = pairs[torch.randperm(len(pairs))[:1500]].view(-1, 3, 2).split(1, 2)
     levels = low + torch.arange(256) % (high - low + 1)  # every level in between
     images = levels.to(torch.uint8).view(-1, 3, 16, 16)
-    assert_equals_pillow(autocontrast(images), images, lambda x, i: ImageOps.autocontrast(x))
+    assert_equals_pillow(
+        augment.autocontrast(images), images, lambda x, i: ImageOps.autocontrast(x)
+    )
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
@@ -124,32 +111,32 @@ def test_each_operation_follows_pillow_at_augmixs_levels(name):
     images = sample_images()[::5]
     op = torch.full((len(images),), OPERATIONS.index(name))
     for v in (-9.99, -2.9, -0.3, 0.1, 0.7, 2.5, 7.5):
-        ours = apply_operations(images, op, torch.full((len(images),), v))
+        ours = augment.apply_operations(images, op, torch.full((len(images),), v))
         expected = [from_pillow(usual_operation(to_pillow(image), name, v)) for image in images]
         distance = (ours.int() - torch.stack(expected).int()).abs()
         assert (distance <= 1).float().mean() > 0.9999
         assert (distance == 0).float().mean() > 0.99
-        if name in augment.A or name.startswith("translate"):
+        if name in A or name.startswith("translate"):
             assert distance.max() == 0
 
 
 def test_no_bits_are_black_but_augmixs_levels_never_ask_for_that():
     images = sample_images()
-    assert posterize(images, torch.zeros(len(images))).max() == 0  # Pillow refuses 0 bits
+    assert augment.posterize(images, torch.zeros(len(images))).max() == 0  # Pillow refuses 0 bits
     v = torch.tensor([7.4999, math.nextafter(10, 0), 10.0], dtype=torch.float64)
     white = torch.full((3, 3, 32, 32), 255, dtype=torch.uint8)
     op = torch.full((3,), OPERATIONS.index("posterize"))
-    assert apply_operations(white, op, v)[:, 0, 0, 0].tolist() == [192, 128, 128]
+    assert augment.apply_operations(white, op, v)[:, 0, 0, 0].tolist() == [192, 128, 128]
 
 
 def test_each_image_gets_its_own_operation():
     images = sample_images()
     op = torch.randint(-1, len(OPERATIONS), (len(images),))
     v = 20 * torch.rand(len(images)) - 10
-    together = apply_operations(images, op, v)
+    together = augment.apply_operations(images, op, v)
     for i in range(len(images)):
         one = slice(i, i + 1)
-        assert torch.equal(together[one], apply_operations(images[one], op[one], v[one]))
+        assert torch.equal(together[one], augment.apply_operations(images[one], op[one], v[one]))
     assert torch.equal(together[op == -1], images[op == -1])
 
 
@@ -162,7 +149,7 @@ def test_preprocess_equals_torchvision_on_pillow_images_with_the_same_draws(hfli
     torch.manual_seed(2)
     ours = preprocess(images, hflip)
     torch.manual_seed(2)
-    crop, order, factors, degrees = draw_preprocessing(len(images), hflip)
+    crop, order, factors, degrees = augment.draw_preprocessing(len(images), hflip)
 
     def per_image(image: Image.Image, i: int) -> Image.Image:
         top, left, mirrored = crop[i].tolist()
@@ -177,7 +164,7 @@ def test_preprocess_equals_torchvision_on_pillow_images_with_the_same_draws(hfli
 
 
 def test_preprocess_draws_as_sec_4_says():
-    crop, order, factors, degrees = draw_preprocessing(6000, True)
+    crop, order, factors, degrees = augment.draw_preprocessing(6000, True)
     assert even(crop[:, :2], 0, 8)
     assert even(crop[:, 2], 0, 1)
     six_orders = (order * torch.tensor([9, 3, 1])).sum(1).unique(return_inverse=True)[1]
@@ -185,7 +172,7 @@ def test_preprocess_draws_as_sec_4_says():
     assert all(fits(factor, stats.uniform(0.75, 0.5).cdf) for factor in factors.unbind(1))
     assert fits(degrees, stats.uniform(-2, 4).cdf)
     assert independent(*crop.T, order[:, 0], *factors.T, degrees)
-    assert draw_preprocessing(6000, False)[0][:, 2].max() == 0
+    assert augment.draw_preprocessing(6000, False)[0][:, 2].max() == 0
 
 
 # MAGNMA's perturbations
@@ -209,7 +196,7 @@ def test_mixed_augmentation_is_its_formula_with_the_same_draws(operations):
     torch.manual_seed(2)
     ours = mixed_augmentation(x, 0.7, operations)
     torch.manual_seed(2)
-    a, v, w = draw_mixed(len(x), 0.7, operations)
+    a, v, w = augment.draw_mixed(len(x), 0.7, operations)
     off = torch.zeros(len(x), 3, 32, 32, dtype=torch.float64)
     for i in range(len(levels)):
         picture = usual_operation(to_pillow(levels[i]), OPERATIONS[a[i]], float(v[i]))
@@ -220,28 +207,22 @@ def test_mixed_augmentation_is_its_formula_with_the_same_draws(operations):
     assert operations == "A" or (off[a >= 4] > 1e-6).double().mean() < 0.01
 
 
-def test_operation_and_level_of_mixed_augmentation():
-    a, v, w = draw_mixed(8000, 1.0)
-    assert independent(a, v, w)
-    assert augment.A == OPERATIONS[:4] == ("autocontrast", "equalize", "posterize", "solarize")
-    assert even(a, 0, 3)
-    assert all(fits(v[a == k], level_cdf) for k in range(4))
+@pytest.mark.parametrize("operations", ["A", "augmix"])
+def test_operation_and_level_of_mixed_augmentation(operations):
+    a, v, w = augment.draw_mixed(8000, 1.0, operations)
+    assert independent(a, v.abs(), w, *([v.sign()] if operations == "augmix" else []))
+    assert even(a, 0, 8 if operations == "augmix" else 3)
+    assert even((v > 0).long(), 0, 1) if operations == "augmix" else v.min() > 0
+    assert all(fits(v.abs()[a == k], level_cdf) for k in a.unique())
+    assert A == OPERATIONS[:4] == ("autocontrast", "equalize", "posterize", "solarize")
     assert not fits(torch.randint(1, 11, (8000,)), level_cdf)  # v = u is another distribution
-
-
-def test_operation_and_level_of_mixed_augmentation_with_the_nine_of_augmix():
-    a, v, w = draw_mixed(8000, 1.0, "augmix")
-    assert independent(a, v.abs(), v.sign(), w)
-    assert even(a, 0, 8)
-    assert even((v > 0).long(), 0, 1)
-    assert all(fits(v.abs()[a == k], level_cdf) for k in range(9))
     with pytest.raises(ValueError, match="operations must be 'A' or 'augmix', not 'B'"):
-        draw_mixed(1, 1.0, "B")
+        augment.draw_mixed(1, 1.0, "B")
 
 
 @pytest.mark.parametrize("beta", [0.01, 0.05, 0.5, 1.0, 3.0])
 def test_weight_of_mixed_augmentation_is_beta_distributed(beta):
-    _, _, w = draw_mixed(4000, beta)
+    _, _, w = augment.draw_mixed(4000, beta)
     assert w.isfinite().all()
     # half the mass of a small beta is near 1, where float64 has few numbers: compare below 0.5
     lower = w[w < 0.5]
@@ -258,7 +239,7 @@ def test_augmix_equals_a_pillow_loop_with_the_same_draws():
     torch.manual_seed(2)
     ours = augmix(x)
     torch.manual_seed(2)
-    op, v, weights, m = draw_augmix(len(images))
+    op, v, weights, m = augment.draw_augmix(len(images))
     far = 0
     for i in range(len(images)):
         mixture = torch.zeros(3, 32, 32, dtype=torch.float64)
@@ -275,7 +256,7 @@ def test_augmix_equals_a_pillow_loop_with_the_same_draws():
 
 
 def test_augmix_draws_its_operations_levels_and_weights_as_its_paper_says():
-    op, v, weights, m = draw_augmix(3000)
+    op, v, weights, m = augment.draw_augmix(3000)
     active = op >= 0
     assert torch.equal(active, active.cummin(2).values)  # a chain that has ended stays ended
     assert even(active.sum(2), 1, 3)
@@ -298,6 +279,8 @@ def test_augmix_draws_its_operations_levels_and_weights_as_its_paper_says():
 
 
 # All of them
+
+FLOATS = [lambda x: gaussian_noise(x, 0.2), lambda x: mixed_augmentation(x, 1.0), augmix]
 
 
 def all_functions(images: torch.Tensor, seed: int) -> list[torch.Tensor]:
@@ -327,16 +310,10 @@ def test_chunks_change_no_result(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_outputs_keep_shape_dtype_and_range_and_inputs_are_unchanged(dtype):
     x = sample_images()[:30].to(dtype) / 255
-    before = x.clone()
-    noisy, mixed, mixture = gaussian_noise(x, 0.2), mixed_augmentation(x, 1), augmix(x)
-    for output in (noisy, mixed, mixture):
-        assert (output.shape, output.dtype) == (x.shape, dtype)
-    assert min(mixed.min(), mixture.min()) >= 0
-    assert max(mixed.max(), mixture.max()) <= 1 + 1e-6
+    before, outputs = x.clone(), [function(x) for function in FLOATS]
+    assert [(y.shape, y.dtype) for y in outputs] == [(x.shape, dtype)] * 3
+    assert all(0 <= y.min() < y.max() <= 1 + 1e-6 for y in outputs[1:])
     assert torch.equal(x, before)
-
-
-FLOATS = [lambda x: gaussian_noise(x, 0.2), lambda x: mixed_augmentation(x, 1.0), augmix]
 
 
 @pytest.mark.parametrize("function", FLOATS, ids=["gaussian_noise", "mixed_augmentation", "augmix"])
@@ -359,10 +336,9 @@ def test_images_of_another_form_are_refused_with_the_expected_one(function):
 @pytest.mark.parametrize("function", FLOATS)
 def test_images_within_rounding_of_0_and_1_are_accepted_also_none_at_all_and_on_meta(function):
     x = sample_images()[:4] / 255
-    assert function(x * 1.001 - 0.0005).shape == function(x).shape == x.shape
-    assert function(x[:0]).shape == (0, 3, 32, 32)
     meta = torch.empty(4, 3, 32, 32, dtype=torch.half, device="meta")
-    assert function(meta).shape == meta.shape
+    for images in (x * 1.001 - 0.0005, x[:0], meta):
+        assert function(images).shape == images.shape
 
 
 def test_bad_levels_are_named():
@@ -373,6 +349,6 @@ def test_bad_levels_are_named():
     with pytest.raises(
         ValueError, match=r"levels have shape \(3,\); expected one per image, \(4,\)"
     ):
-        posterize(images, torch.ones(3))
+        augment.posterize(images, torch.ones(3))
     with pytest.raises(ValueError):  # by torch.distributions
         mixed_augmentation(images / 255, 0.0)
