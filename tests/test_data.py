@@ -3,31 +3,30 @@
 import dataclasses
 import hashlib
 import json
+import os
 import pickle
 import re
 import resource
 import shlex
 import shutil
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import refused
 from PIL import Image
 
 import data
 from data import check_corrupted, corruption_source, load_corrupted, load_dataset
-from utils import UserError, torchvision
+from utils import torchvision
 
 N = 7
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (8, 32, 32, 3), np.uint8)
-ARRAYS = {
-    "train_images": IMAGES,
-    "train_labels": np.arange(8) % 4,
-    "test_images": IMAGES[:N],
-    "test_labels": np.arange(N) % 4,
-}
+ARRAYS = {"train_images": IMAGES, "train_labels": np.arange(8) % 4}
+ARRAYS |= {"test_images": IMAGES[:N], "test_labels": np.arange(N) % 4}
 
 
 def save(path, **changes):
@@ -37,22 +36,15 @@ def save(path, **changes):
     return str(path)
 
 
-def refused(function, *args, **options):
-    """The message of the UserError, on one line."""
-    with pytest.raises(UserError) as error:
-        function(*args, **options)
-    return str(error.value)
-
-
 @pytest.mark.parametrize(("name", "key"), [("cifar10", "labels"), ("cifar100", "fine_labels")])
 def test_cifar_is_read_in_its_order_and_written_nowhere(tmp_path, monkeypatch, name, key):
-    cifar = getattr(torchvision.datasets, name.upper())
-    (tmp_path / "share" / cifar.base_folder).mkdir(parents=True)
+    cifar, share = getattr(torchvision.datasets, name.upper()), tmp_path / "share"
+    (share / cifar.base_folder).mkdir(parents=True)
     images, labels, names = [], [], [f"class {k}" for k in range(10)]
 
     def write(file, content):
         """The md5 of the pickle written."""
-        path = tmp_path / "share" / cifar.base_folder / file
+        path = share / cifar.base_folder / file
         path.write_bytes(pickle.dumps(content))
         return hashlib.md5(path.read_bytes()).hexdigest()
 
@@ -66,17 +58,17 @@ def test_cifar_is_read_in_its_order_and_written_nowhere(tmp_path, monkeypatch, n
     md5 = write(cifar.meta["filename"], {cifar.meta["key"]: names})
     monkeypatch.setattr(cifar, "meta", cifar.meta | {"md5": md5})
     monkeypatch.setattr("os.makedirs", None)  # a share that cannot be written
-    (tmp_path / "data").symlink_to(tmp_path / "share")
+    (tmp_path / "data").symlink_to(share)
     dataset = load_dataset(name, tmp_path / "data")
-    read = torch.cat([dataset.train_images, dataset.test_images])
-    assert np.array_equal(read, np.reshape(images, (-1, 3, 32, 32)))
-    read = torch.cat([dataset.train_labels, dataset.test_labels])
-    assert np.array_equal(read, np.ravel(labels))
     assert dataset.test_images.shape == (3, 3, 32, 32)
-    assert dataset.train_images.dtype == dataset.test_images.dtype == torch.uint8
-    assert dataset.train_labels.dtype == dataset.test_labels.dtype == torch.int64
-    assert (dataset.name, dataset.classes, dataset.hflip) == (name, names, True)
-    assert dataset.source == "official"
+    for parts, expected, dtype in (
+        ((dataset.train_images, dataset.test_images), images, torch.uint8),
+        ((dataset.train_labels, dataset.test_labels), labels, torch.int64),
+    ):
+        assert parts[0].dtype == parts[1].dtype == dtype
+        assert np.array_equal(torch.cat(parts).ravel(), np.ravel(expected))
+    about = (dataset.name, dataset.classes, dataset.hflip, dataset.source)
+    assert about == (name, names, True, "official")
 
 
 @pytest.mark.cifar
@@ -96,13 +88,12 @@ def test_digits_are_scikit_learns_enlarged_as_pillow_does():
     from sklearn.datasets import load_digits
 
     dataset = load_dataset("digits", "nowhere")
-    assert dataset.train_images.shape == (1437, 3, 32, 32)
-    assert dataset.test_images.shape == (360, 3, 32, 32)
-    assert (dataset.hflip, dataset.source) == (False, "embedded")
-    assert dataset.classes == list("0123456789")
+    about = (dataset.hflip, dataset.source, dataset.classes)
+    assert about == (False, "embedded", list("0123456789"))
     pixels, targets = load_digits(return_X_y=True)
     images = torch.cat([dataset.train_images, dataset.test_images]).numpy()
     labels = torch.cat([dataset.train_labels, dataset.test_labels])
+    assert (len(dataset.test_images), images.shape) == (360, (1797, 3, 32, 32))
     assert (images[:, :1] == images).all()
     assert np.array_equal(np.bincount(labels), np.bincount(targets))
     assert np.ptp(np.bincount(dataset.test_labels) / np.bincount(targets)) < 0.01  # stratified
@@ -116,11 +107,10 @@ def test_digits_are_scikit_learns_enlarged_as_pillow_does():
 
 def test_an_npz_and_its_optional_keys(tmp_path):
     dataset = load_dataset(save(tmp_path / "mine.v2.npz"), "nowhere")
-    for part in ("train", "test"):
-        images, labels = getattr(dataset, f"{part}_images"), getattr(dataset, f"{part}_labels")
-        assert np.array_equal(images.permute(0, 2, 3, 1), ARRAYS[f"{part}_images"])
-        assert np.array_equal(labels, ARRAYS[f"{part}_labels"])
-        assert (images.dtype, labels.dtype) == (torch.uint8, torch.int64)
+    for name, array in ARRAYS.items():
+        read = getattr(dataset, name)
+        assert np.array_equal(read if read.dim() == 1 else read.permute(0, 2, 3, 1), array)
+        assert read.dtype == (torch.int64 if read.dim() == 1 else torch.uint8)
     assert (dataset.name, dataset.source, dataset.hflip) == ("mine.v2", "mine.v2.npz", True)
     assert dataset.classes == ["0", "1", "2", "3"]
     (tmp_path / "mine.v2.npz").rename(tmp_path / "MINE.NPZ")
@@ -133,13 +123,11 @@ def test_an_npz_and_its_optional_keys(tmp_path):
 def test_a_test_set_alone_is_enough_where_only_evaluation_is_asked_for(tmp_path):
     changes = {"train_images": None, "train_labels": None, "test_labels": np.full(N, 3)}
     path = save(tmp_path / "test.npz", **changes)
-    assert "lacks train_images, train_labels. It holds test_images, test_labels" in refused(
-        load_dataset, path, ""
-    )
+    message = refused(load_dataset, path, "")
+    assert "lacks train_images, train_labels. It holds test_images, test_labels" in message
     dataset = load_dataset(path, "", need_train=False)
     assert (len(dataset.train_images), len(dataset.train_labels)) == (0, 0)
     assert (len(dataset.test_images), len(dataset.classes)) == (N, 4)
-    assert data.data_sha256(dataset) != data.data_sha256(load_dataset("digits", ""))
 
 
 def test_data_sha256_changes_with_each_image_label_and_hflip_alone(tmp_path):
@@ -148,31 +136,25 @@ def test_data_sha256_changes_with_each_image_label_and_hflip_alone(tmp_path):
 
     assert sha256() == sha256("other", source="elsewhere", classes=list("abcd"))
     assert sha256() == sha256(train_labels=ARRAYS["train_labels"].astype(np.uint8))
-    changed = [{"hflip": False}]
-    for key, value in ARRAYS.items():
-        value = value.copy()
-        value[-1] ^= 1
-        changed.append({key: value})
-    assert len({sha256(), *(sha256(**changes) for changes in changed)}) == 6
+    changed = [{}, {"hflip": False}, *({key: value.copy()} for key, value in ARRAYS.items())]
+    for change in changed[2:]:
+        next(iter(change.values()))[-1] ^= 1
+    assert len({sha256(**changes) for changes in changed}) == 6
 
 
 REFUSED = {
-    "mine.npz: class 0 has no training image": {
-        "train_labels": ARRAYS["train_labels"] + 1,
-        "test_labels": ARRAYS["test_labels"] + 1,
-    },
+    "mine.npz: class 0 has no training image": {"train_labels": np.arange(8) % 4 + 1},
     "class 2 has no training image": {"train_labels": [0, 1, 3, 4, 0, 1, 3, 4]},
     "class 4 has no training image": {"test_labels": np.arange(N)[::-1] // 6 * 6},
     "class 4 (frog) has no training image": {"classes": ["car", "dog", "cat", "cow", "frog"]},
     "lacks train_labels, test_images. It holds train_images, test_labels, y_train. ": {
-        "train_labels": None, "test_images": None, "y_train": 0, "test_labels": 0,
+        "train_labels": None, "test_images": None, "y_train": 0,
     },
     "test_images is uint8 (0, 32, 32, 3), not uint8 (N, 32, 32, 3)": {"test_images": IMAGES[:0]},
     "values, now from -2 to 2.5, to 0, ..., 255": {"train_images": np.float32([[[-2.0, 2.5]]])},
     "train_labels is int64 (8,), not 8 integers from 0": {"train_labels": np.arange(8) - 1},
     "train_labels is int64 (7,), not 8 integers": {"train_labels": np.arange(7)},
     "test_labels is float64 (7,), not 7 integers": {"test_labels": np.arange(N) / 1},
-    "test_labels is int64 (7, 1), not 7 integers": {"test_labels": np.zeros((N, 1), int)},
     "classes must be a list of names, and hflip True or False": {"classes": "abcd"},
     "and hflip True or False": {"hflip": "no"},
     "names 2 classes, but its labels go up to 3": {"classes": ["a", "b"]},
@@ -188,40 +170,40 @@ def test_an_npz_that_is_not_what_it_seems_is_refused(tmp_path, message):
 def test_a_file_or_name_that_is_no_data_set_is_refused(tmp_path):
     path = save(tmp_path / "mine.npz")
     (tmp_path / "mine.npz").write_bytes((tmp_path / "mine.npz").read_bytes()[:5000])
-    assert f"{path} is damaged, or not an .npz" in refused(load_dataset, path, "")
-    assert "none.npz: No such file" in refused(load_dataset, str(tmp_path / "none.npz"), "")
-    for name in ("cifar10", "CIFAR-10", "Digits"):
-        message = refused(load_dataset, str(tmp_path / f"{name}.npz"), "")
-        assert f"{name} is a built-in data set. Rename the file" in message
-    assert "mnist: unknown data set. Use cifar10, cifar100, digits or the path of an .npz" in (
-        refused(load_dataset, "mnist", "")
-    )
+    for name, message in {
+        path: f"{path} is damaged, or not an .npz",
+        str(tmp_path / "none.npz"): "none.npz: No such file",
+        "CIFAR-10.npz": "CIFAR-10 is a built-in data set. Rename the file",
+        "Digits.npz": "Digits is a built-in data set. Rename the file",
+        "mnist": "unknown data set. Use cifar10, cifar100, digits or the path of an .npz",
+    }.items():
+        assert message in refused(load_dataset, name, "")
 
 
 @pytest.mark.parametrize(
-    ("images", "same"),
+    "images",
     [
-        (IMAGES / 255, True),
-        (IMAGES.astype(np.float32), True),
-        (IMAGES.astype(np.int64), True),
-        (IMAGES.transpose(0, 3, 1, 2), True),
-        (np.insert(IMAGES, 3, 255, axis=3), True),  # RGBA
-        (IMAGES[..., 0], False),  # grey
-        (IMAGES[..., :1] / 255, False),
-        (IMAGES[:, None, :, :, 0], False),
-        (IMAGES.repeat(2, axis=1).repeat(2, axis=2), False),  # 64x64
+        IMAGES / 255,
+        IMAGES.astype(np.int64),
+        IMAGES.transpose(0, 3, 1, 2),
+        np.insert(IMAGES, 3, 255, axis=3),  # RGBA
+        IMAGES[..., 0],  # grey
+        IMAGES[..., :1] / 255,
+        IMAGES[:, None, :, :, 0],
+        IMAGES.repeat(2, axis=1).repeat(2, axis=2),  # 64x64
     ],
 )
-def test_the_advice_converts_images_of_another_form(tmp_path, images, same):
+def test_the_advice_converts_images_of_another_form(tmp_path, images):
     message = refused(load_dataset, save(tmp_path / "mine.npz", train_images=images), "")
     assert f"train_images is {images.dtype} {images.shape}, not uint8 (N, 32, 32, 3)" in message
     names = {"np": np, "Image": Image, "images": images}
     exec(re.search("`(.*)`", message)[1], names)
     load_dataset(save(tmp_path / "mine.npz", train_images=names["images"]), "")
-    if same:
-        assert np.array_equal(names["images"], IMAGES)
+    difference = np.abs(names["images"].astype(int) - IMAGES)
+    if images.size >= IMAGES.size and 64 not in images.shape:
+        assert difference.max() == 0
     else:
-        assert np.abs(names["images"][..., 0].astype(int) - IMAGES[..., 0]).mean() < 30
+        assert difference[..., 0].mean() < 30
 
 
 def test_a_failed_download_is_one_line_that_names_the_archive(tmp_path, monkeypatch):
@@ -233,8 +215,6 @@ def test_a_failed_download_is_one_line_that_names_the_archive(tmp_path, monkeypa
     message = refused(load_dataset, "cifar10", tmp_path)
     assert f"cifar10 not found (or incomplete) in {place}, and downloading https://" in message
     assert f"(Name or service not known). Unpack that archive into {tmp_path}, or" in message
-    (tmp_path / "file").touch()
-    assert "not found" in refused(load_dataset, "cifar10", tmp_path / "file")
     place.mkdir()
     for file, _ in torchvision.datasets.CIFAR10.train_list:
         (place / file).touch()
@@ -268,11 +248,8 @@ def follow(message):
 
 def test_the_papers_corruptions_and_where_a_set_is():
     assert len(set(data.CORRUPTIONS) - {"gaussian_noise"}) == 18
-    folders = {name: str(data.corrupted_folder(name, "root")) for name in (*data.BUILT_IN, "mine")}
-    assert folders == {
-        "cifar10": "root/CIFAR-10-C", "cifar100": "root/CIFAR-100-C", "digits": "root/DIGITS-C",
-        "mine": "root/mine-C",
-    }  # fmt: skip
+    folders = [str(data.corrupted_folder(name, "root")) for name in (*data.BUILT_IN, "mine")]
+    assert folders == ["root/CIFAR-10-C", "root/CIFAR-100-C", "root/DIGITS-C", "root/mine-C"]
 
 
 def test_a_corruption_is_five_severities_and_only_what_is_used_is_read(tmp_path):
@@ -280,9 +257,7 @@ def test_a_corruption_is_five_severities_and_only_what_is_used_is_read(tmp_path)
     folder.mkdir()
     np.save(folder / "snow.npy", original)
     images = load_corrupted("mine", tmp_path, "snow")
-    assert images.shape == (5, N, 3, 32, 32)
-    expected = original.reshape(5, N, 32, 32, 3).transpose(0, 1, 4, 2, 3)
-    assert np.array_equal(images, expected)
+    assert np.array_equal(images, original.reshape(5, N, 32, 32, 3).transpose(0, 1, 4, 2, 3))
     images[0] = 0  # writable memory, but the file keeps its bytes
     assert np.array_equal(np.load(folder / "snow.npy"), original)
     with open(folder / "fog.npy", "wb") as file:  # 3 GB of zeros that take no room on the disk
@@ -313,19 +288,16 @@ def test_a_complete_set_and_its_source(mine):
 
 
 def test_further_arrays_are_evaluated_and_dot_files_skipped(mine):
-    assert check_corrupted(mine, "data") == [*data.CORRUPTIONS]
     for name in ("rain", "gaussian_noise"):
         shutil.copy("data/mine-C/fog.npy", f"data/mine-C/{name}.npy")
-    with open("data/mine-C/._fog.npy", "w") as file:
-        file.write("of macOS")
+    Path("data/mine-C/._fog.npy").write_text("of macOS")
     assert check_corrupted(mine, "data") == [*data.CORRUPTIONS, "gaussian_noise", "rain"]
 
 
-@pytest.mark.parametrize("name", ["features", "my features"])
-def test_a_stray_array_is_to_be_moved_out(mine, name):
-    np.save(f"data/mine-C/{name}.npy", np.zeros(3))
+def test_a_stray_array_is_to_be_moved_out(mine):
+    np.save("data/mine-C/my features.npy", np.zeros(3))
     message = refused(check_corrupted, mine, "data")
-    assert f"{name}.npy is float64 (3,), not uint8 (5N, 32, 32, 3). Move it out" in message
+    assert "my features.npy is float64 (3,), not uint8 (5N, 32, 32, 3). Move it out" in message
     follow(message)
     assert check_corrupted(mine, "data") == [*data.CORRUPTIONS]
 
@@ -341,11 +313,10 @@ def test_a_stray_array_is_to_be_moved_out(mine, name):
     ],
 )
 def test_an_array_of_another_form_is_refused(mine, snow, message):
-    path = data.corrupted_folder("mine", "data") / "snow.npy"
     if snow is None:
-        path.write_bytes(path.read_bytes()[:5000])
+        os.truncate("data/mine-C/snow.npy", 5000)
     else:
-        np.save(path, snow)
+        np.save("data/mine-C/snow.npy", snow)
     refusal = refused(check_corrupted, mine, "data")
     assert f"data/mine-C/{message}" in refusal
     assert "Delete it, then: " in refusal
@@ -375,15 +346,13 @@ def test_a_set_of_other_labels_or_images_is_to_be_moved_away(mine):
     np.save("data/mine-C/labels.npy", np.tile(ARRAYS["test_labels"], 5))
     shutil.copy("data/mine-C/fog.npy", "data/mine-C/gaussian_noise.npy")
     sha256 = hashlib.sha256(ARRAYS["test_images"].tobytes()).hexdigest()
-    with open("data/mine-C/generated.json", "w") as file:
-        json.dump({"clean_sha256": sha256}, file)
+    Path("data/mine-C/generated.json").write_text(json.dumps({"clean_sha256": sha256}))
     assert "gaussian_noise" in check_corrupted(mine, "data")
     other = load_dataset(save("data/mine.npz", test_images=IMAGES[1:]), "data")
     message = refused(check_corrupted, other, "data")
     assert "data/mine-C was made from other test images. Move it away" in message
     follow(message)
-    message = refused(check_corrupted, other, "data")
-    assert message == (
+    assert refused(check_corrupted, other, "data") == (
         "data/mine-C does not exist."
         " `python corruptions.py --dataset data/mine.npz --data data` makes it"
     )
@@ -417,12 +386,11 @@ def test_an_official_set_that_lacks_files_is_completed_by_a_download(tmp_path):
     command = f"`python corruptions.py --dataset cifar10 --data {tmp_path}"
     message = refused(check_corrupted, dataset, tmp_path)
     assert f"{command} --download` fetches the official set (2.9 GB), {command}` makes" in message
-    make_set(tmp_path / "CIFAR-10-C")
-    (tmp_path / "CIFAR-10-C/fog.npy").unlink()
+    folder = tmp_path / "CIFAR-10-C"
+    make_set(folder)
+    (folder / "fog.npy").unlink()
     message = refused(check_corrupted, dataset, tmp_path)
-    assert message.endswith(
-        f"C lacks fog.npy. {command} --download` fetches what is missing (2.9 GB)"
-    )
-    (tmp_path / "CIFAR-10-C/generated.json").touch()
+    assert f"{folder} lacks fog.npy. {command} --download` fetches what is missing" in message
+    (folder / "generated.json").touch()
     message = refused(check_corrupted, dataset, tmp_path)
     assert message.endswith(f"lacks fog.npy, gaussian_noise.npy. {command}` makes what is missing")
