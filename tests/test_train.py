@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import refused
 from torch import nn
 
 import augment
@@ -68,18 +69,9 @@ def run(place):
 
 
 @pytest.fixture
-def refused(run, capsys):
-    """The one line with which a run ends, after exit code 2."""
-
-    def refused(*flags, **options):
-        capsys.readouterr()
-        assert utils.run_main(lambda: run(*flags, **options) and 0) == 2
-        line = capsys.readouterr().err
-        assert line.startswith("train.py: ")
-        assert line.count("\n") == 1
-        return line
-
-    return refused
+def refusal(run):
+    """The message with which a run ends."""
+    return functools.partial(refused, run)
 
 
 @contextlib.contextmanager
@@ -88,8 +80,8 @@ def at_step(step, change, method="gn"):
     loss_of, steps = losses.METHODS[method].loss, itertools.count(1)
 
     @functools.wraps(loss_of)
-    def changed(f, *args, **hparams):
-        loss, logits = loss_of(f, *args, **hparams)
+    def changed(*args, **hparams):
+        loss, logits = loss_of(*args, **hparams)
         return change(loss) if next(steps) == step else loss, logits
 
     with pytest.MonkeyPatch.context() as patch:
@@ -153,35 +145,22 @@ def test_large_networks_recompute_the_methods_that_forward_several_copies(arch, 
         assert (joint.joint, joint.recompute) == (several, False)
 
 
-WRONG = {
-    "--seed -1": "argument --seed: -1 is out of range, it must be at least 0",
-    "--lr 0": "argument --lr: 0 is out of range, it must be above 0",
-    "--lambda2 inf": "argument --lambda2: inf is out of range",
-    "--epsilon nan": "argument --epsilon: nan is out of range",
-    "--epochs 1.5": "argument --epochs: invalid int value: '1.5'",
-    "--method magma": "argument --method: invalid choice: 'magma' (choose from",
-    "--operations all": "argument --operations: invalid choice: 'all' (choose from",
-    "--learning-rate 1": "unrecognized arguments: --learning-rate 1",
-    "--recompute --joint": "--recompute saves no memory with --joint; use one of the two",
-} | dict.fromkeys(
-    (f"--{flag} 0" for flag in ("epochs", "batch-size", "beta", "n", "rse-samples", "eval-every")),
-    "0 is out of range, it must be at least",
-)
+WRONG = (
+    "--seed -1", "--epochs 0", "--batch-size 0", "--lr 0", "--weight-decay -1", "--lambda1 -1",
+    "--lambda2 inf", "--sigma-max -1", "--beta 0", "--n 0", "--operations all", "--epsilon nan",
+    "--pgd-steps -1", "--pgd-step-size -1", "--trades-lambda -1", "--rse-sigma -1",
+    "--rse-samples 0", "--jsd-lambda -1", "--subset 0", "--eval-every 0", "--recompute --joint",
+)  # fmt: skip
 
 
-@pytest.mark.parametrize(("flags", "message"), WRONG.items())
-def test_wrong_flags_are_a_usage_line_and_a_line(flags, message, capsys):
+@pytest.mark.parametrize("flags", WRONG)
+def test_wrong_flags_are_a_usage_line_and_a_line(flags, capsys):
     with pytest.raises(SystemExit, match="2"):
         train.main(flags.split())
     usage, error = capsys.readouterr().err.splitlines()
     assert usage == "usage: train.py [flags]; --help lists them"
-    assert error.startswith("train.py: error: ")
-    assert message in error
-
-
-def test_the_learning_rate_falls_every_third_of_the_epochs():
-    rates = [train.learning_rate(1, t, 20) for t in range(20)]
-    assert rates == pytest.approx([1] * 7 + [0.1] * 7 + [0.01] * 6)
+    wanted = flags.split()[0] if flags.endswith("joint") else f"argument {flags.split()[0]}: "
+    assert error.startswith(f"train.py: error: {wanted}")
 
 
 # The recipe
@@ -190,9 +169,11 @@ def test_the_learning_rate_falls_every_third_of_the_epochs():
 @pytest.fixture
 def recipe_of(place):
     """The recipe of flags on tiny.npz, by one process."""
-    dataset = load_dataset("data/tiny.npz", "")
-    parse = lambda flags: train.parse_args(flags.split())  # noqa: E731
-    return lambda flags, amp="off": train.recipe_of(parse(flags), dataset, amp, 1)
+    args, dataset = (
+        (lambda flags: train.parse_args(flags.split())),
+        load_dataset("data/tiny.npz", ""),
+    )
+    return lambda flags, amp="off": train.recipe_of(args(flags), dataset, amp, 1)
 
 
 @pytest.mark.parametrize(
@@ -205,18 +186,15 @@ def recipe_of(place):
     ],
 )  # fmt: skip
 def test_a_recipe_holds_the_hyperparameters_of_its_method_alone(recipe_of, method, own):
-    recipe = recipe_of(f"--method {method} --lr 0.3 --subset 50")
-    shared = (
-        "dataset arch method epochs batch_size lr weight_decay eval_every subset joint amp"
-        " data_sha256 train_images classes processes"
-    )
-    assert recipe.keys() == {*shared.split(), *own.split()}
+    recipe = recipe_of(f"--method {method} --lr 0.3 --subset 50", "fp16")
     values = {"dataset": "tiny", "method": method, "lr": 0.3, "train_images": 50, "classes": 10}
-    assert recipe.items() >= values.items()
+    values |= {"amp": "fp16", "processes": 1}
     defaults = vars(train.parse_args(["--method", method]))
-    assert {key: recipe[key] for key in own.split()} == {key: defaults[key] for key in own.split()}
+    values |= {key: defaults[key] for key in own.split()}
+    assert recipe.items() >= values.items()
+    further = {*train.SHARED, "data_sha256"}
+    assert recipe.keys() == values.keys() | further
     assert recipe_of(f"--method {method}")["train_images"] == 70
-    assert recipe_of(f"--method {method}", "fp16") != recipe_of(f"--method {method}")
 
 
 @pytest.mark.parametrize(
@@ -298,15 +276,14 @@ def test_the_loop_is_a_plain_one(run):
 
 def test_hflip_subset_and_recompute_reach_the_loop(run, monkeypatch):
     seen, preprocess, recompute = [], train.preprocess, train.recompute
-
-    def spy(X, hflip):
-        seen.append((len(X), hflip))
-        return preprocess(X, hflip)
-
-    monkeypatch.setattr(train, "preprocess", spy)
-    monkeypatch.setattr(train, "recompute", lambda f: seen.append("recompute") or recompute(f))
     dataset = dataclasses.replace(load_dataset("data/tiny.npz", ""), hflip=True)
-    monkeypatch.setattr(train, "load_dataset", lambda *_: dataset)
+    spies = {
+        "preprocess": lambda X, hflip: seen.append((len(X), hflip)) or preprocess(X, hflip),
+        "recompute": lambda f: seen.append("recompute") or recompute(f),
+        "load_dataset": lambda *_: dataset,
+    }
+    for name, spy in spies.items():
+        monkeypatch.setattr(train, name, spy)
     run("--epochs", 1, "--subset", 32, "--recompute")
     assert seen == ["recompute", (32, True)]
 
@@ -318,21 +295,20 @@ def test_what_a_run_writes(run, monkeypatch):
     accuracies = iter((0.3, 0.5, 0.5, 0.4))
     monkeypatch.setattr(train, "accuracy", lambda *_: next(accuracies))
     folder = run("--epochs", 12, "--tag", "x")
-    assert {p.name for p in folder.iterdir()} == FILES
-    assert (folder / "log.csv").read_text().splitlines()[0] == (
+    log = rows(folder)
+    assert ",".join(log[0]) == (
         "epoch,lr,train_loss,train_accuracy,test_accuracy,seconds,images_per_second,peak_memory_mib"
     )
-    tested = {row["epoch"]: row["test_accuracy"] for row in rows(folder) if row["test_accuracy"]}
-    assert (len(rows(folder)), tested) == (12, {"1": "30", "5": "50", "10": "50", "12": "40"})
-    assert all(float(row["images_per_second"]) > 0 for row in rows(folder))
-    assert {row["peak_memory_mib"] for row in rows(folder)} == {""}  # known on GPUs alone
-    best, last = (torch.load(folder / f"{name}.pt", weights_only=True) for name in ("best", "last"))
-    assert (best["epoch"], last["epoch"]) == (5, 12)  # the first of the best
-    for saved in (best, last):
-        assert saved["model"].keys() == Tiny().state_dict().keys()  # a bare state dict
+    tested = {row["epoch"]: row["test_accuracy"] for row in log if row["test_accuracy"]}
+    assert (len(log), tested) == (12, {"1": "30", "5": "50", "10": "50", "12": "40"})
+    assert all(float(row["images_per_second"]) > 0 for row in log)
+    assert {row["peak_memory_mib"] for row in log} == {""}  # known on GPUs alone
     config = json.loads((folder / "config.json").read_text())
     assert list(config) == ["recipe", "departures", "seed", "tag", "ran"]
-    assert [{key: saved[key] for key in config} for saved in (best, last)] == [config, config]
+    for name, epoch in (("best", 5), ("last", 12)):  # 5: the first of the best
+        saved = torch.load(folder / f"{name}.pt", weights_only=True)
+        assert saved.items() >= (config | {"epoch": epoch}).items()
+        assert saved["model"].keys() == Tiny().state_dict().keys()  # a bare state dict
     assert (config["seed"], config["tag"], config["departures"]["lr"]) == (0, "x", 0.05)
     ran = {"dataset": "data/tiny.npz", "data": "data", "out": "run", "compile": False}
     ran |= {"recompute": False, "data_source": "digits, enlarged"}
@@ -341,17 +317,15 @@ def test_what_a_run_writes(run, monkeypatch):
 
 
 def test_checkpoints_are_written_when_tested_or_a_minute_old_best_first(run, monkeypatch):
-    clock, written, preprocess, save = [0.0], [], train.preprocess, utils.save_checkpoint
+    clock, written, preprocess = [0.0], [], train.preprocess
 
     def slow(X, hflip):  # an epoch takes 25 s
         clock[0] += 25
         return preprocess(X, hflip)
 
-    def spy(path, content):
-        written.append((path.stem, content["epoch"]))
-        save(path, content)
-
-    monkeypatch.setattr(utils, "save_checkpoint", spy)
+    monkeypatch.setattr(
+        utils, "save_checkpoint", lambda path, c: written.append((path.stem, c["epoch"]))
+    )
     monkeypatch.setattr(train, "accuracy", lambda run: len(run.log) / 100)
     monkeypatch.setattr(train, "preprocess", slow)
     monkeypatch.setattr(train, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
@@ -365,8 +339,7 @@ def test_checkpoints_are_written_when_tested_or_a_minute_old_best_first(run, mon
 
 def test_memory_is_logged_on_gpus(monkeypatch, place):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**20)
-    args = train.parse_args(["--epochs", "3"])
-    cuda = torch.device("cuda")
+    args, cuda = train.parse_args(["--epochs", "3"]), torch.device("cuda")
     run = train.Run(args, None, cuda, None, 1, 1, Tiny(), None, None, {}, [{}])
     train.finish_epoch(run, 0.1, torch.ones(2), 64, 0.0)
     assert run.log[-1]["peak_memory_mib"] == 3
@@ -480,19 +453,19 @@ def test_two_processes_are_the_plain_loop_over_their_shares(start, home, tmp_pat
 
 
 @pytest.mark.parametrize("file", ["best.pt", "last.pt", "log.csv"])
-def test_a_disk_that_fills_between_two_files_changes_nothing(run, refused, monkeypatch, file):
+def test_a_disk_that_fills_between_two_files_changes_nothing(run, refusal, monkeypatch, file):
     flags = ("--epochs", 3, "--eval-every", 1)
     monkeypatch.setattr(train, "accuracy", lambda run: float(len(run.log) == 1))  # 2 is the best
     undisturbed, atomic_write = run(*flags, out="undisturbed"), utils.atomic_write
 
     def full(path):
         if path.name == file and len(rows(path.parent)) == 1:  # in epoch 2
-            raise utils.UserError(f"cannot write {path}: No space left on device")
+            raise utils.UserError("No space left on device")
         return atomic_write(path)
 
     with monkeypatch.context() as patch:
         patch.setattr(utils, "atomic_write", full)
-        assert refused(*flags) == f"train.py: cannot write run/{file}: No space left on device\n"
+        assert refusal(*flags) == "No space left on device"
     assert_same_run(run(*flags, "--resume"), undisturbed)
 
 
@@ -527,10 +500,10 @@ def test_ctrl_c_names_the_checkpoint_and_resume_says_what_it_does(run, capsys):
     assert {p.name for p in Path("run").iterdir()} == FILES
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_epochs_before(run, refused):
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_epochs_before(run, refusal):
     flags = ("--epochs", 3, "--eval-every", 1)
     with at_step(6, lambda loss: loss * float("nan")):
-        line = refused(*flags)
+        line = refusal(*flags)
     assert "the training loss of epoch 2 is nan. Start another run (--tag) with a" in line
     assert "smaller --lr" in line
     assert_same_run(run(*flags, "--resume"), run(*flags, out="undisturbed"))
@@ -546,21 +519,20 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_epochs_before(run,
         ("--amp bf16 --method gn", "full. a smaller --batch-size needs less"),  # forwards one copy
     ],
 )
-def test_a_full_gpu_names_only_what_would_help(run, refused, flags, advice):
+def test_a_full_gpu_names_only_what_would_help(refusal, flags, advice):
     method = "gn" if "gn" in flags else "magnma"
-    with at_step(1, lambda _: fail(torch.OutOfMemoryError("CUDA\nout of memory")), method):
-        line = refused("--method", "magnma", "--n", 1, *flags.split())
-    assert advice in line
+    with at_step(1, lambda _: fail(torch.OutOfMemoryError), method):
+        assert advice in refusal("--method", "magnma", "--n", 1, *flags.split())
 
 
 # What is refused
 
 
-def test_another_recipe_in_the_same_place_is_refused_by_name(run, refused):
+def test_another_recipe_in_the_same_place_is_refused_by_name(run, refusal):
     flags = ("--epochs", 1)
     folder = run(*flags)
     before = {path: path.read_bytes() for path in folder.iterdir()}
-    assert "run already holds this run. Use --resume to continue it" in refused(*flags)
+    assert "run already holds this run. Use --resume to continue it" in refusal(*flags)
     for other, message in {
         "--lr 0.1 --seed 3": "--lr 0.05, not 0.1; --seed 0, not 3",
         "--amp bf16": "--amp off, not bf16",  # as --amp auto may be on another device
@@ -569,15 +541,15 @@ def test_another_recipe_in_the_same_place_is_refused_by_name(run, refused):
         "--subset 32": "--subset None, not 32; train images 70, not 32",
     }.items():
         for resume in ((), ("--resume",)):
-            line = refused(*flags, *other.split(), *resume)
+            line = refusal(*flags, *other.split(), *resume)
             assert f"the run in run was started with {message}. Use the same flags" in line
             assert "or --tag or --out to start another" in line
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
     (folder / "last.pt").unlink()  # stopped in its first epoch: config.json tells
-    assert "--lr 0.05, not 0.1" in refused(*flags, "--lr", 0.1, "--resume")
+    assert "--lr 0.05, not 0.1" in refusal(*flags, "--lr", 0.1, "--resume")
 
 
-def test_a_data_file_may_move_but_not_change(run, refused, capsys):
+def test_a_data_file_may_move_but_not_change(run, refusal, capsys):
     folder = run("--epochs", 1)
     with np.load("data/tiny.npz") as file:
         arrays = dict(file)
@@ -590,38 +562,31 @@ def test_a_data_file_may_move_but_not_change(run, refused, capsys):
     flags = ("--epochs", 1, "--resume", "--dataset")
     assert run(*flags, "./tiny.npz") == folder
     assert "run: is finished" in capsys.readouterr().out
-    assert "--dataset tiny, not renamed" in refused(*flags, "renamed.npz")
+    assert "--dataset tiny, not renamed" in refusal(*flags, "renamed.npz")
     for name in ("train_images", "train_labels", "test_images", "test_labels"):
-        line = refused(*flags, f"{name}/tiny.npz")
+        line = refusal(*flags, f"{name}/tiny.npz")
         assert "was started with other images or labels under this name. Use" in line
 
 
-def test_files_of_another_kind(run, refused):
-    flags = ("--epochs", 1, "--resume")
-    folder = run("--epochs", 1)
+def test_files_of_another_kind(run, refusal):
+    folder, flags = run("--epochs", 1), ("--epochs", 1, "--resume")
     last = utils.load_checkpoint(folder / "last.pt")
     for content, message in (
-        ({"state_dict": last["model"], "epoch": 3}, "run/last.pt was not written by this train.py"),
-        (last | {"recipe": "x"}, "run/last.pt was not written by this train.py. Use --tag or"),
-        (last | {"model": {}}, "run/last.pt is damaged (Error(s) in loading state_dict for Tiny"),
-        ({k: v for k, v in last.items() if k != "log"}, "run/last.pt is damaged ('log'). Use"),
+        ({"state_dict": last["model"], "epoch": 3}, "was not written by this train.py"),
+        (last | {"recipe": "x"}, "was not written by this train.py. Use --tag or --out"),
+        (last | {"model": {}}, "is damaged (Error(s) in loading state_dict for Tiny"),
+        ({k: v for k, v in last.items() if k != "log"}, "is damaged ('log'). Use --tag or --out"),
     ):
         utils.save_checkpoint(folder / "last.pt", content)
-        assert message in refused(*flags)
-    (folder / "last.pt").write_bytes(b"no checkpoint")
-    assert "run/last.pt is damaged or not a checkpoint of train.py" in refused(*flags)
+        assert f"run/last.pt {message}" in refusal(*flags)
     (folder / "last.pt").unlink()
-    for text, message in (
-        ("{", "config.json is not valid JSON"),
-        ('{"epochs": 1}', "run/config.json was not written by this train.py. Use --tag or --out"),
-    ):
-        (folder / "config.json").write_text(text)
-        assert message in refused(*flags)
+    (folder / "config.json").write_text('{"epochs": 1}')
+    assert "run/config.json was not written by this train.py" in refusal(*flags)
 
 
-def test_a_second_start_in_one_folder_is_refused_while_the_first_one_runs(run, refused):
+def test_a_second_start_in_one_folder_is_refused_while_the_first_one_runs(run, refusal):
     def second(loss):
-        line = refused("--epochs", 1, "--resume")
+        line = refusal("--epochs", 1, "--resume")
         assert "run is in use by another train.py. Wait for it, or stop it" in line
         return loss
 
@@ -636,33 +601,25 @@ def test_training_works_where_files_have_no_locks(run, monkeypatch):
     assert len(rows(run("--epochs", 1))) == 1
 
 
-def test_a_folder_that_cannot_be_written_is_one_line(refused):
-    Path("file").touch()
-    assert "cannot write to file/run: Not a directory" in refused(out="file/run")
-    assert "cannot write to /proc/self: " in refused(out="/proc/self")  # for root too
-
-
-def test_sizes_and_precision_that_do_not_fit(refused, monkeypatch):
-    assert "--batch-size 71: more than the 70 images" in refused("--batch-size", 71)
-    assert "--batch-size 16: more than the 9 images" in refused("--subset", 9)
-    assert "--subset 71: tiny has 70 training images" in refused("--subset", 71)
-    assert "--amp fp16 is for GPUs" in refused("--amp", "fp16")
+def test_sizes_and_precision_that_do_not_fit(refusal, monkeypatch):
+    assert "--batch-size 71: more than the 70 images" in refusal("--batch-size", 71)
+    assert "--batch-size 16: more than the 9 images" in refusal("--subset", 9)
+    assert "--subset 71: tiny has 70 training images" in refusal("--subset", 71)
+    assert "cannot write to /proc/self: " in refusal(out="/proc/self")  # for root too
+    assert "--amp fp16 is for GPUs" in refusal("--amp", "fp16")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("MASTER_PORT", "1")
     line = "RANK is set, but not WORLD_SIZE, MASTER_ADDR. Start with torchrun, or unset RANK"
-    assert line in refused()
+    assert line in refusal()
     assert not Path("run").exists()
 
 
 def test_nccl_gets_the_device(monkeypatch):
-    calls = []
-    monkeypatch.setattr(
-        torch.distributed,
-        "init_process_group",
-        lambda backend, **options: calls.append((backend, options["device_id"])),
-    )
-    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    calls, distributed = [], torch.distributed
+    start = lambda backend, device_id, **_: calls.append((backend, device_id))  # noqa: E731
+    monkeypatch.setattr(distributed, "init_process_group", start)
+    monkeypatch.setattr(distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
     gpu, cpu, args = torch.device("cuda", 1), torch.device("cpu"), train.parse_args([])
     monkeypatch.delenv("RANK", raising=False)
     assert train.start_processes(args, gpu) == (0, 1)
@@ -670,6 +627,5 @@ def test_nccl_gets_the_device(monkeypatch):
         monkeypatch.setenv(name, "1")
     assert [train.start_processes(args, device) for device in (gpu, cpu)] == [(1, 2), (1, 2)]
     assert calls == [("nccl", gpu), ("gloo", None)]
-    args = train.parse_args(["--device", "cuda:1"])
-    with pytest.raises(utils.UserError, match="With torchrun use --device cuda"):
-        train.start_processes(args, gpu)
+    args.device = "cuda:1"
+    assert "With torchrun use --device cuda" in refused(train.start_processes, args, gpu)
