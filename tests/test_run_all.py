@@ -4,7 +4,6 @@ PYTHON, nvidia-smi and other programs are stubs that note how they were called; 
 """
 
 import itertools
-import json
 import os
 import re
 import shlex
@@ -16,11 +15,13 @@ from pathlib import Path
 
 import pytest
 
+from tables import published
 from train import parse_args
 
 TOOLS = ["awk", "bash", "cat", "cksum", "cp", "cut", "date", "dirname", "grep", "mkdir", "nproc",
          "realpath", "sed", "sleep", "tail", "touch", "tr", "wc", "xargs"]  # fmt: skip
 METHODS = ("standard", "augmix", "magnma")
+CPU = {"DEVICE": "cpu"}
 # Notes GPU, threads, start, end, words of each call. FAIL and KILL name a method, BROKEN a script.
 PYTHON = r"""
 start=$(date +%s.%N)
@@ -39,13 +40,14 @@ echo "${CUDA_VISIBLE_DEVICES-} ${OMP_NUM_THREADS-} $start $(date +%s.%N) $*" >>"
 """
 
 
-def program(path: Path, text: str) -> None:
+def program(path, text):
+    path.unlink(missing_ok=True)
     path.write_text(f"#!/bin/bash\n{text}\n")
     path.chmod(0o755)
 
 
 @pytest.fixture
-def project(tmp_path: Path, root: Path) -> Path:
+def project(tmp_path, root) -> Path:
     """A copy of the shell scripts in a folder with a space; bin/ is all of PATH, without a GPU."""
     folder = tmp_path / "the project"
     for name in ("run_all.sh", "setup.sh", "requirements.txt", "paper/runs.txt", ".ci/run"):
@@ -59,26 +61,21 @@ def project(tmp_path: Path, root: Path) -> Path:
     return folder
 
 
-def variables(project: Path, changes: dict[str, str]) -> dict[str, str]:
+def variables(project, changes) -> dict[str, str]:
     python, calls = str(project / "a venv/python"), str(project / "calls")
     return {"PATH": str(project / "bin"), "PYTHON": python, "CALLS": calls, **changes}
 
 
-def bash(project: Path, *words: str, **changes: str) -> subprocess.CompletedProcess:
+def bash(project, *words, **changes) -> subprocess.CompletedProcess:
     """Run `bash run_all.sh WORDS` (or `bash FILE WORDS`) with environment variables."""
     if not words or not words[0].endswith((".sh", "run")):
         words = ("run_all.sh", *words)
-    return subprocess.run(
-        ["bash", project / words[0], *words[1:]],
-        env=variables(project, changes),
-        cwd=project.parent,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    options = {"env": variables(project, changes), "cwd": project.parent, "timeout": 60}
+    command = ["bash", project / words[0], *words[1:]]
+    return subprocess.run(command, capture_output=True, text=True, **options)
 
 
-def calls(project: Path, script: str = "") -> list[list[str]]:
+def calls(project, script="") -> list[list[str]]:
     """[GPU, threads, start, end, script, arguments ...] of the calls noted since the last look."""
     path = project / "calls"
     lines = path.read_text().splitlines() if path.exists() else []
@@ -86,14 +83,23 @@ def calls(project: Path, script: str = "") -> list[list[str]]:
     return [words for words in (line.split(" ") for line in lines) if script in (*words[4:5], "")]
 
 
-def commands(project: Path, *part: str, **changes: str) -> list[list[str]]:
+def called(project) -> list[list[str]]:
+    """[script, arguments ...] of these calls."""
+    return [words[4:] for words in calls(project)]
+
+
+def value(words, flag) -> str:
+    return words[words.index(flag) + 1]
+
+
+def commands(project, *part: str, **changes: str) -> list[list[str]]:
     """The words of each line that `list` prints."""
     done = bash(project, "list", *part, **changes)
     assert (done.returncode, done.stderr) == (0, "")
     return [shlex.split(line) for line in done.stdout.splitlines()]
 
 
-def run_of(words: list[str]) -> tuple[str, str, str]:
+def run_of(words) -> tuple[str, str, str]:
     """(data set, network, column of paper/tables.json) of a command."""
     args = parse_args(words[2 : words.index("&&")])
     column = args.method
@@ -102,35 +108,19 @@ def run_of(words: list[str]) -> tuple[str, str, str]:
     return args.dataset, args.arch, column
 
 
-def published(root: Path, tables: str) -> set[tuple[str, str, str]]:
-    """(data set, network, column) of each published cell; a row of Table 5 is a column here."""
-    content = json.loads((root / "paper/tables.json").read_text())["tables"]
-    cells = set()
-    for table in tables:
-        for row, columns in content[table].items():
-            dataset, arch, rest = row.split("/")
-            cells |= {(dataset, arch, name) for name in ([rest] if table == "5" else columns)}
-    return cells
-
-
 # The list
 
 
-def test_all_is_each_published_run_once_with_each_seed(project: Path, root: Path) -> None:
-    lines = commands(project)
-    assert len(lines) == 144
+def test_all_is_each_published_run_once_with_each_seed(project):
+    lines, folders = commands(project), set()
     for seed in range(3):  # the outer loop
         part = lines[48 * seed : 48 * seed + 48]
-        assert {words[words.index("--seed") + 1] for words in part} == {str(seed)}
-        assert {run_of(words) for words in part} == published(root, "12345")
+        assert {value(words, "--seed") for words in part} == {str(seed)}
+        assert {run_of(words) for words in part} == {key[:3] for key in published("12345")}
         assert [run_of(words)[:2] for words in part[:3]] == [("cifar10", "resnet18")] * 3
-        assert [words[words.index("--method") + 1] for words in part[:3]] == [*METHODS]
-
-
-def test_folders_and_flags_of_the_list(project: Path) -> None:
+        assert [value(words, "--method") for words in part[:3]] == [*METHODS]
     own = {"--dataset", "--arch", "--method", "--tag", "--seed", "--device", "--out", "--resume"}
-    folders = set()
-    for words in commands(project):
+    for words in lines:
         flags = words[2 : words.index("&&")]
         used = {flag for flag in flags if flag[:2] == "--"}
         assert used <= own | {"--lambda1", "--lambda2", "--sigma-max"}  # else the paper's values
@@ -138,28 +128,27 @@ def test_folders_and_flags_of_the_list(project: Path) -> None:
         name = f"{args.method}-{args.tag}" if args.tag else args.method
         assert args.out == f"runs/{args.dataset}/{args.arch}/{name}/seed{args.seed}"
         folders.add(args.out)
-    assert len(folders) == 144
+    assert len(lines) == len(folders) == 144
 
 
-@pytest.mark.parametrize("table", "12345")
-def test_each_table_has_its_runs_and_no_others(project: Path, root: Path, table: str) -> None:
-    runs = [run_of(words) for words in commands(project, f"table{table}", SEEDS="0")]
-    assert sorted(runs) == sorted(published(root, table))
+def test_each_table_has_its_runs_and_no_others(project):
+    for table in "12345":
+        runs = [run_of(words) for words in commands(project, f"table{table}", SEEDS="0")]
+        assert sorted(runs) == sorted({key[:3] for key in published(table)})
 
 
-def test_nine_is_a_part_of_its_own(project: Path) -> None:
-    lines = commands(project, "nine")
-    columns = ("magnma 0.2 0.3 0.2 1", "magnma 0 5 0.2 1")
+def test_nine_is_a_part_of_its_own(project):
+    lines, columns = commands(project, "nine"), ("magnma 0.2 0.3 0.2 1", "magnma 0 5 0.2 1")
     wanted = itertools.product(("cifar10", "cifar100"), ["resnet18"], columns)
     assert sorted(map(run_of, lines)) == sorted([*wanted] * 3)  # three seeds
-    assert all(words[words.index("--operations") + 1] == "augmix" for words in lines)
-    assert len({words[words.index("--out") + 1] for words in lines}) == 12
+    assert all(value(words, "--operations") == "augmix" for words in lines)
+    assert len({value(words, "--out") for words in lines}) == 12
 
 
-def test_settings_reach_the_commands(project: Path) -> None:
+def test_settings_reach_the_commands(project):
     settings = {"SEEDS": "7 3", "ROOT": "a b/r;*", "PYTHON": "c d/python", "DEVICE": "cpu"}
     lines = commands(project, "headline", **settings, FLAGS="--epochs 1 --n 2")
-    assert [words[words.index("--seed") + 1] for words in lines] == list("777333")
+    assert [value(words, "--seed") for words in lines] == list("777333")
     folder = "a b/r;*/cifar10/resnet18/standard/seed7"
     python = f"{project.parent}/c d/python"  # seen from the caller's folder
     assert " ".join(lines[0]) == (
@@ -169,30 +158,33 @@ def test_settings_reach_the_commands(project: Path) -> None:
     )
 
 
-def test_list_needs_neither_packages_nor_gpu_and_one_line_of_it_is_a_job(project: Path) -> None:
+def test_list_needs_neither_packages_nor_gpu_and_one_line_of_it_is_a_job(project):
+    def pipe(command):
+        command = f"bash run_all.sh list table3 | {command}"
+        subprocess.run(["bash", "-c", command], cwd=project, env=variables(project, {}), check=True)
+        return called(project)
+
     done = bash(project, "list", "table3", PYTHON="", GPUS="8")  # setup.sh would find no python3
     assert done.stdout.count(".venv/bin/python train.py") == 27
-    first = "bash run_all.sh list table3 | sed 1q"  # a closed pipe ends it
-    subprocess.run(["bash", "-c", first], cwd=project, env=variables(project, {}), check=True)
-    assert calls(project) == []
-    job = "bash run_all.sh list table3 | sed -n 5p | bash"
+    assert pipe("sed 1q") == []  # a closed pipe ends it
     folder = "runs/cifar10/resnet18/trades/seed0"
     (project / folder).mkdir(parents=True)  # as train.py does
     for scripts in (["train.py", "evaluate.py"], ["train.py"]):  # results.json exists then
-        subprocess.run(["bash", "-c", job], cwd=project, env=variables(project, {}), check=True)
-        made = calls(project)
-        assert [words[4] for words in made] == scripts
+        made = pipe("sed -n 5p | bash")
+        assert [words[0] for words in made] == scripts
         assert all(folder in words for words in made)
 
 
 # Mistakes
 
 
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+
 @pytest.mark.parametrize(
     ("words", "settings", "message"),
     [
         ("table 3", {}, "unknown part 'table'"),
-        ("table6", {}, "unknown part 'table6'"),
         ("table3 table4", {}, "too many words: 'table3 table4'"),
         ("test table3", {}, "too many words: 'table3'"),
         ("table3", {"SEEDS": "0-2"}, "SEEDS takes numbers"),
@@ -202,25 +194,21 @@ def test_list_needs_neither_packages_nor_gpu_and_one_line_of_it_is_a_job(project
         ("table3", {"FLAGS": "--n 1", "ROOT": "x/../runs/"}, "Choose another folder than runs"),
         ("table3", {"FLAGS": "--seed=1", "ROOT": "x"}, "run_all.sh sets this flag itself"),
         ("table3", {}, "no NVIDIA GPU found. DEVICE=cpu"),
-        ("table3", {"CUDA_VISIBLE_DEVICES": ""}, "no NVIDIA GPU found. DEVICE=cpu"),
-        ("table3", {"CUDA_VISIBLE_DEVICES": "NoDevFiles"}, "no NVIDIA GPU found. DEVICE=cpu"),
-        ("table3", {"CUDA_VISIBLE_DEVICES": "4,5", "GPUS": "3"}, "GPUS=3 is more than the 2"),
-        ("table3", {"DEVICE": "cpu", "BARE": "1"}, "lacks packages of requirements.txt (No module"),
-        ("table3", {"DEVICE": "cpu", "PYTHON": "/nowhere/python"}, "lacks packages of require"),
-        ("table3", {"DEVICE": "cpu", "ROOT": "run_all.sh/x"}, "cannot write to ROOT=run_all.sh/x"),
+        ("table3", {VISIBLE: "NoDevFiles"}, "no NVIDIA GPU found. DEVICE=cpu"),
+        ("table3", {VISIBLE: "4,5", "GPUS": "3"}, "GPUS=3 is more than the 2"),
+        ("table3", CPU | {"BARE": "1"}, "lacks packages of requirements.txt (No module"),
+        ("table3", CPU | {"PYTHON": "/nowhere/python"}, "lacks packages of require"),
+        ("table3", CPU | {"ROOT": "run_all.sh/x"}, "cannot write to ROOT=run_all.sh/x"),
     ],
 )
-def test_mistakes_are_named_before_the_first_run(
-    project: Path, words: str, settings: dict[str, str], message: str
-) -> None:
+def test_mistakes_are_named_before_the_first_run(project, words, settings, message):
     done = bash(project, *words.split(), **settings)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert message in done.stderr
     assert calls(project, "train.py") == []
 
 
-def test_another_xargs_is_refused(project: Path) -> None:
-    (project / "bin/xargs").unlink()
+def test_another_xargs_is_refused(project):
     program(project / "bin/xargs", 'echo "xargs: illegal option -- -" >&2; exit 1')  # macOS
     done = bash(project, "table3", DEVICE="cpu")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
@@ -231,7 +219,7 @@ def test_another_xargs_is_refused(project: Path) -> None:
     ("shown", "allowed"),
     [("0\n1", True), ("0", False), ("NVIDIA-SMI has failed because 1\n2 reasons", False)],
 )
-def test_gpus_are_counted_by_nvidia_smi(project: Path, shown: str, allowed: bool) -> None:
+def test_gpus_are_counted_by_nvidia_smi(project, shown, allowed):
     program(project / "bin/nvidia-smi", f'echo "{shown}"')
     done = bash(project, "headline", SEEDS="0", GPUS="2")
     assert done.returncode == (0 if allowed else 2)
@@ -241,50 +229,44 @@ def test_gpus_are_counted_by_nvidia_smi(project: Path, shown: str, allowed: bool
 # The runs
 
 
-def test_failed_and_killed_runs_are_named_after_the_tables_and_repeated(project: Path) -> None:
-    settings = {"SEEDS": "0", "DEVICE": "cpu", "ROOT": "a b"}
+def test_failed_and_killed_runs_are_named_after_the_tables_and_repeated(project):
+    settings, folder = CPU | {"SEEDS": "0", "ROOT": "a b"}, "a b/cifar10/resnet18"
     done = bash(project, "headline", **settings, FAIL="standard", KILL="augmix")
-    folder = "a b/cifar10/resnet18"
     assert (done.returncode, done.stderr) == (1, "")
     start, *lines = done.stdout.splitlines()
     assert start.startswith("run_all.sh: 3 runs, 1 at a time")
     failed, killed = lines.pop(-2), lines.pop(-1)
     assert lines == [
-        f"[1/3] {folder}/standard/seed0: failed",
-        f"[2/3] {folder}/augmix/seed0: failed",
-        f"[3/3] {folder}/magnma/seed0: finished",
-        *["a table"] * 2,
-    ]
+        f"[1/3] {folder}/standard/seed0: failed", f"[2/3] {folder}/augmix/seed0: failed",
+        f"[3/3] {folder}/magnma/seed0: finished", "a table", "a table",
+    ]  # fmt: skip
     log = f"(log: {folder}/standard/seed0/output.log)"
     assert failed == f"failed: {folder}/standard/seed0: train.py: out of luck {log}"
     assert killed.startswith(f"failed: {folder}/augmix/seed0: ")
     assert "Killed" in killed
-    made = [words[4:] for words in calls(project)]
+    made = called(project)
     assert made[0] == ["corruptions.py", "--dataset", "cifar10", "--download"]
     assert [words[0] for words in made[1:3]] == ["train.py", "evaluate.py"]
     assert made[3:] == [["tables.py", "a", "b", "--table", table] for table in "12"]
-
     done = bash(project, "headline", **settings)
     assert done.returncode == 0
     assert "failed" not in done.stdout
-    assert [words[4] for words in calls(project)[1:-2]] == [  # MAGNMA has its results
-        *["train.py", "evaluate.py"] * 2,
-        "train.py",
-    ]
+    again = [words[0] for words in called(project)[1:-2]]
+    assert again == [*["train.py", "evaluate.py"] * 2, "train.py"]  # MAGNMA has its results
 
 
-def test_a_run_whose_folder_cannot_be_made_does_not_stop_the_others(project: Path) -> None:
-    (project / "runs/cifar10/resnet18").mkdir(parents=True)
-    (project / "runs/cifar10/resnet18/standard").touch()
-    done = bash(project, "headline", SEEDS="0", DEVICE="cpu")
+def test_a_run_whose_folder_cannot_be_made_does_not_stop_the_others(project):
+    folder = project / "runs/cifar10/resnet18"
+    folder.mkdir(parents=True)
+    (folder / "standard").touch()
+    done = bash(project, "headline", SEEDS="0", **CPU)
     assert done.returncode == 1
     assert "[3/3] runs/cifar10/resnet18/magnma/seed0: finished" in done.stdout
-    last = done.stdout.splitlines()[-1]
-    assert last.startswith("failed: runs/cifar10/resnet18/standard/seed0: ")
+    assert "\nfailed: runs/cifar10/resnet18/standard/seed0: " in done.stdout
 
 
 @pytest.mark.parametrize(("visible", "used"), [("5,GPU-3,9", {"5", "GPU-3"}), (None, {"0", "1"})])
-def test_runs_in_parallel_have_a_gpu_each(project: Path, visible: str, used: set[str]) -> None:
+def test_runs_in_parallel_have_a_gpu_each(project, visible, used):
     program(project / "bin/nvidia-smi", 'echo "0\n1"')
     settings = {"CUDA_VISIBLE_DEVICES": visible} if visible else {}
     assert bash(project, "headline", SEEDS="0", GPUS="2", NAP="0.3", **settings).returncode == 0
@@ -297,50 +279,46 @@ def test_runs_in_parallel_have_a_gpu_each(project: Path, visible: str, used: set
         assert all(first[1] <= second[0] for first, second in itertools.pairwise(own))
 
 
-def test_runs_on_a_cpu_share_its_cores(project: Path) -> None:
-    (project / "bin/nproc").unlink()
+def test_runs_on_a_cpu_share_its_cores(project):
     program(project / "bin/nproc", "echo 8")
     for gpus, threads in (("1", "8"), ("3", "2"), ("9", "1")):
-        settings = {"SEEDS": "0", "DEVICE": "cpu", "GPUS": gpus, "ROOT": f"runs{gpus}"}
-        assert bash(project, "headline", **settings).returncode == 0
+        done = bash(project, "headline", SEEDS="0", GPUS=gpus, ROOT=f"runs{gpus}", **CPU)
+        assert done.returncode == 0
         assert {words[1] for words in calls(project, "train.py")} == {threads}
 
 
-def test_data_alone_and_data_that_cannot_be_downloaded(project: Path) -> None:
-    wanted = [["--dataset", "cifar10", "--download"], ["--dataset", "cifar100", "--download"]]
+def test_data_alone_and_data_that_cannot_be_downloaded(project):
+    script, names = "corruptions.py", ("cifar10", "cifar100")
+    wanted = [[script, "--dataset", name, "--download"] for name in names]
     assert bash(project, "data").returncode == 0  # without a GPU
-    assert [words[4:] for words in calls(project)] == [["corruptions.py", *w] for w in wanted]
+    assert called(project) == wanted
     done = bash(project, "table3", DEVICE="cpu", BROKEN="corruptions.py")
     assert (done.returncode, done.stderr) == (1, "corruptions.py: broken\n")
-    assert [words[4:] for words in calls(project)] == [["corruptions.py", *wanted[0]]]
+    assert called(project) == wanted[:1]
 
 
 @pytest.mark.parametrize("broken", ["", "figures.py"])
-def test_the_demo_prints_its_table_before_the_figure(project: Path, broken: str) -> None:
+def test_the_demo_prints_its_table_before_the_figure(project, broken):
     done = bash(project, "demo", BROKEN=broken)
     lines = done.stdout.splitlines()
     assert lines[4] == "a table"
     figure = ["Clean and corrupted accuracy: runs-demo/figures/figure5.png"]
     assert (done.returncode, lines[5:]) == ((1, []) if broken else (0, figure))
     assert done.stderr == ("figures.py: broken\n" if broken else "")
-    first, *made, tables, figures = [words[4:] for words in calls(project)]
+    first, *made, tables, figures = called(project)
     assert first == ["corruptions.py", "--dataset", "digits"]
     assert [*tables, *figures[:2]] == ["tables.py", "runs-demo", "figures.py", "runs-demo"]
-    assert {words[1] for words in made if words[0] == "evaluate.py"} == {
-        f"runs-demo/digits/resnet20/{method}/seed0" for method in METHODS
-    }
+    folders = {words[1] for words in made if words[0] == "evaluate.py"}
+    assert folders == {f"runs-demo/digits/resnet20/{method}/seed0" for method in METHODS}
     assert all({"--epochs", "cpu"} <= {*words} for words in made if words[0] == "train.py")
 
 
 @pytest.mark.parametrize("stop", ["Ctrl-C", "kill"])
-def test_ctrl_c_and_the_printed_kill_end_all_trainings(project: Path, stop: str) -> None:
-    job = subprocess.Popen(
-        ["bash", project / "run_all.sh", "headline"],
-        env=variables(project, {"DEVICE": "cpu", "GPUS": "2", "HANG": "1"}),
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,  # with a process group, as from a terminal
-    )
+def test_ctrl_c_and_the_printed_kill_end_all_trainings(project, stop):
+    settings = variables(project, CPU | {"GPUS": "2", "HANG": "1"})
+    options = {"env": settings, "stdout": subprocess.PIPE, "text": True}
+    options["start_new_session"] = True  # with a process group, as from a terminal
+    job = subprocess.Popen(["bash", project / "run_all.sh", "headline"], **options)
     noted, deadline, text = project / "calls", time.monotonic() + 60, ""
     while text.count("hang") < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -364,26 +342,22 @@ def test_ctrl_c_and_the_printed_kill_end_all_trainings(project: Path, stop: str)
 
 
 @pytest.mark.parametrize("broken", ["", "ruff", "shellcheck", "-m"])
-def test_every_failure_shows_in_the_exit_code_of_test(project: Path, broken: str) -> None:
+def test_every_failure_shows_in_the_exit_code_of_test(project, broken):
     stub = 'echo "- - - - ${0##*/} $*" >>"$CALLS"; [[ ${0##*/} != "$BROKEN" ]]'
     for name in ("ruff", "shellcheck"):
         program(project / "a venv" / name, stub)  # beside PYTHON, where pip puts them
     assert bash(project, "test", BROKEN=broken).returncode == (1 if broken else 0)
     *checks, tests = calls(project)
     assert [" ".join(words[4:]) for words in checks] == [
-        "ruff check .",
-        "ruff format --check .",
-        "shellcheck run_all.sh setup.sh .ci/run",
-    ]
+        "ruff check .", "ruff format --check .", "shellcheck run_all.sh setup.sh .ci/run",
+    ]  # fmt: skip
     assert [tests[1], *tests[4:]] == ["1", "-m", "pytest", "-n", "2", "--dist", "loadfile"]
 
 
-def test_tests_run_without_ruff_shellcheck_and_xdist(project: Path) -> None:
+def test_tests_run_without_ruff_shellcheck_and_xdist(project):
     done = bash(project, "test", NO_XDIST="1")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert [words[4:] for words in calls(project)] == [["-m", "pytest"]]
-    lines = [line.split("left out: ")[1] for line in done.stdout.splitlines()]
-    words = [re.match("[a-z-]+", line)[0] for line in lines]
+    assert (done.returncode, done.stderr, called(project)) == (0, "", [["-m", "pytest"]])
+    words = re.findall(r"left out: ([a-z-]+)", done.stdout)
     assert words == ["ruff", "ruff", "shellcheck", "pytest-xdist"]
 
 
@@ -400,7 +374,7 @@ SETUP = {
 
 
 @pytest.fixture
-def fresh(project: Path) -> Path:
+def fresh(project) -> Path:
     """A project on a machine with a Python, but without a virtual environment."""
     for name, text in SETUP.items():
         program(project / "bin" / name, text)
@@ -410,24 +384,15 @@ def fresh(project: Path) -> Path:
 @pytest.mark.parametrize(
     ("gpu", "words", "build"),  # build None: refused
     [
-        ("", [], ""),
-        ("", ["cu126"], "cu126"),
-        ("580.65.06, 7.5", [], ""),
+        ("", [], ""), ("", ["cu126"], "cu126"), ("No devices were found", [], ""),
+        ("580.65.06, 7.5", [], ""), ("595.10, 12.0", [], ""), ("595.10, 9.0", ["cu126"], "cu126"),
         ("580.65.06, 8.0\\n580.65.06, 7.0", [], "cu126"),  # one of two is a V100
-        ("595.10, 12.0", [], ""),
-        ("570.86, 9.0", [], "cu126"),
-        ("525.60.13, 7.0", [], "cu126"),
-        ("595.10, 9.0", ["cu126"], "cu126"),
-        ("570.86, 10.0", [], None),
-        ("579.99, 8.0\\n579.99, 12.0", ["cu126"], None),
-        ("524.9, 8.0", [], None),
+        ("570.86, 9.0", [], "cu126"), ("525.60.13, 7.0", [], "cu126"), ("570.86, 10.0", [], None),
+        ("579.99, 8.0\\n579.99, 12.0", ["cu126"], None), ("524.9, 8.0", [], None),
         ("470.199.02", [], None),
-        ("No devices were found", [], ""),
     ],
-)
-def test_setup_installs_the_build_for_driver_and_gpu(
-    fresh: Path, gpu: str, words: list[str], build: str | None
-) -> None:
+)  # fmt: skip
+def test_setup_installs_the_build_for_driver_and_gpu(fresh, gpu, words, build):
     done = bash(fresh, "setup.sh", *words, GPU=gpu)
     if build is None:
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
@@ -445,7 +410,7 @@ def test_setup_installs_the_build_for_driver_and_gpu(
     assert last == "--no-deps imagecorruptions==1.1.2"
 
 
-def test_an_installed_environment_needs_no_network(fresh: Path) -> None:
+def test_an_installed_environment_needs_no_network(fresh):
     assert bash(fresh, "setup.sh", OFFLINE="1").returncode == 2
     assert not (fresh / ".venv/installed").exists()  # the stamp is written last
     assert bash(fresh, "setup.sh", "cu126").returncode == 0
@@ -461,7 +426,7 @@ def test_an_installed_environment_needs_no_network(fresh: Path) -> None:
     assert (done.returncode, done.stderr.count("\n")) == (2, 2)  # pip's line and one of setup.sh
 
 
-def test_setup_names_the_python_it_needs_and_finds_another(fresh: Path) -> None:
+def test_setup_names_the_python_it_needs_and_finds_another(fresh):
     done = bash(fresh, "setup.sh", VERSION="3.9.18")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("setup.sh: Python 3.11 or newer not found as python3.")
@@ -471,21 +436,12 @@ def test_setup_names_the_python_it_needs_and_finds_another(fresh: Path) -> None:
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
 
 
-def test_an_empty_python_is_set_up_first(fresh: Path) -> None:
-    assert bash(fresh, "data", "table3", PYTHON="").returncode == 0
-    assert (fresh / ".venv/installed").exists()
-    assert bash(fresh, "data", "table3", PYTHON="", OFFLINE="1").returncode == 0
-
-
-def test_ci_sets_up_and_runs_the_readmes_command(fresh: Path, root: Path) -> None:
+def test_ci_sets_up_and_runs_the_readmes_command(fresh):
     (fresh.parent / "shared/data").mkdir(parents=True)
     (fresh.parent / "shared/data/unpack_cifar10.py").touch()
-    done = bash(fresh, ".ci/run")
-    assert done.returncode == 0
-    made = [words[4:] for words in calls(fresh)]
+    assert bash(fresh, ".ci/run").returncode == 0
+    made = called(fresh)
     assert made[0] == ["../shared/data/unpack_cifar10.py", "data/cifar10_copies.npz"]
     assert made[-1][:2] == ["-m", "pytest"]
-    assert bash(fresh, ".ci/run", PYTHON="").returncode == 0
+    assert bash(fresh, ".ci/run", PYTHON="").returncode == 0  # set up first
     assert (fresh / ".venv/installed").exists()
-    assert (fresh / ".ci/run").read_text().endswith("exec bash run_all.sh test\n")
-    assert "bash run_all.sh test" in (root / "README.md").read_text()
