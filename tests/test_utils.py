@@ -274,7 +274,8 @@ def test_provenance_is_plain_strings_that_a_checkpoint_may_hold(tmp_path):
 
 def test_commit_is_of_this_repository_only(root, tmp_path):
     def git(words):
-        command = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c", *words.split()]
+        user = ["-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
+        command = ["git", *user, *words.split()]
         return subprocess.check_output(command, cwd=tmp_path, text=True).strip()
 
     def commit_of(folder):
