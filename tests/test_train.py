@@ -113,15 +113,12 @@ def assert_same_run(a, b):
 
 
 def test_the_defaults_are_the_papers():
-    expected = {
+    expected = {k: v for method in losses.METHODS.values() for k, v in method.defaults.items()} | {
         "dataset": "cifar10", "data": "data", "method": "magnma", "arch": "resnet18", "seed": 0,
-        "epochs": 150, "batch_size": 512, "lr": 0.1, "weight_decay": 5e-4, "lambda1": 0.2,
-        "lambda2": 0.3, "sigma_max": 0.2, "beta": 1.0, "n": 5, "operations": "A",
-        "epsilon": 8 / 255, "pgd_steps": 7, "pgd_step_size": 2.5 * 8 / 255 / 7,
-        "trades_lambda": 3.0, "rse_sigma": 0.1, "rse_samples": 10, "jsd_lambda": 12.0,
-        "joint": False, "subset": None, "eval_every": 5, "device": "auto", "amp": "auto",
-        "compile": False, "recompute": False, "tag": "",
-        "out": "runs/cifar10/resnet18/magnma/seed0", "resume": False,
+        "epochs": 150, "batch_size": 512, "lr": 0.1, "weight_decay": 5e-4, "rse_samples": 10,
+        "pgd_step_size": 2.5 * 8 / 255 / 7, "subset": None, "eval_every": 5, "device": "auto",
+        "amp": "auto", "compile": False, "recompute": False, "tag": "", "resume": False,
+        "out": "runs/cifar10/resnet18/magnma/seed0",
     }  # fmt: skip
     assert vars(train.parse_args([])) == pytest.approx(expected)
     flags = "--epsilon 0.1 --pgd-steps 5 --dataset x/mine.npz --method at --tag small --seed 3"
@@ -206,9 +203,8 @@ def test_a_recipe_holds_the_hyperparameters_of_its_method_alone(recipe_of, metho
         ("--method gn --sigma-max 0.1 --n 1", {"sigma_max": 0.1}),
         ("--method rse --rse-samples 3", {"rse_samples": 3}),
         ("--method at --pgd-steps 5", {"pgd_steps": 5, "pgd_step_size": 2.5 * 8 / 255 / 5}),
-        ("--method standard --epochs 3 --batch-size 64 --lr 1 --weight-decay 0 --subset 9 --joint"
-         " --eval-every 2", {"epochs": 3, "batch_size": 64, "lr": 1, "weight_decay": 0,
-                             "subset": 9, "eval_every": 2}),
+        ("--method standard --epochs 3 --batch-size 64 --lr 1 --joint --eval-every 2 --subset 9",
+         {"epochs": 3, "batch_size": 64, "lr": 1, "subset": 9, "eval_every": 2}),
     ],
 )  # fmt: skip
 def test_departures_are_what_is_unlike_the_paper(recipe_of, flags, departures):
@@ -314,6 +310,7 @@ def test_what_a_run_writes(run, monkeypatch):
     ran |= {"recompute": False, "data_source": "digits, enlarged"}
     assert config["ran"].items() >= ran.items()
     assert config["ran"].keys() - ran.keys() == {"device", "versions", "commit"}
+    assert config["ran"]["versions"].keys() == {"python", "torch", "numpy", "scipy", "cuda"}
 
 
 def test_checkpoints_are_written_when_tested_or_a_minute_old_best_first(run, monkeypatch):
