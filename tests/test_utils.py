@@ -264,14 +264,6 @@ def test_a_closed_pipe_ends_quietly_and_an_ascii_terminal_shows_a_question_mark(
 # Provenance
 
 
-def test_provenance_is_plain_strings_that_a_checkpoint_may_hold(tmp_path):
-    about = utils.provenance(torch.device("cpu"))
-    assert about.keys() == {"device", "versions", "commit"}
-    assert about["versions"].keys() == {"python", "torch", "numpy", "scipy", "cuda"}
-    utils.save_checkpoint(tmp_path / "a.pt", about)
-    assert utils.load_checkpoint(tmp_path / "a.pt") == about
-
-
 def test_commit_is_of_this_repository_only(root, tmp_path):
     def git(words):
         user = ["-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
