@@ -255,12 +255,6 @@ def test_equals_its_definition_image_by_image(name, monkeypatch):
     assert np.mean(np.array(differences)[:, :6]) < 0.05
 
 
-def test_all_19_have_five_severities():
-    names = {function.__name__ for function in corruptions.SEVERITIES}
-    assert {*data.CORRUPTIONS, "gaussian_noise"} == {*DEFINITIONS} <= names
-    assert {len(constants) for constants in corruptions.SEVERITIES.values()} == {5}
-
-
 def test_draws_are_uniform_and_differ_by_seed_name_severity_and_image():
     u = uniform(0, "fog", 1, 0, 100, 1023)
     assert u.shape == (100, 1023)
@@ -282,14 +276,6 @@ def test_bad_arguments_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             corrupt(*arguments)
-
-
-def test_a_corruption_of_the_users_joins(monkeypatch):
-    def flat(x, c, draw):
-        return np.full_like(x, c) + (draw(1) < 0.5)[..., None, None]
-
-    monkeypatch.setitem(corruptions.SEVERITIES, flat, (10, 20, 30, 40, 50))
-    assert set(corrupt(pictures(), "flat", 4).ravel()) == {40, 41}
 
 
 @pytest.mark.parametrize("fault", ["no package", "no files", "a damaged file"])
