@@ -436,6 +436,11 @@ def test_setup_names_the_python_it_needs_and_finds_another(fresh):
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
 
 
+def test_an_empty_python_is_set_up_first(fresh):
+    assert bash(fresh, "data", "table3", PYTHON="").returncode == 0
+    assert (fresh / ".venv/installed").exists()
+
+
 def test_ci_sets_up_and_runs_the_readmes_command(fresh):
     (fresh.parent / "shared/data").mkdir(parents=True)
     (fresh.parent / "shared/data/unpack_cifar10.py").touch()
