@@ -184,6 +184,7 @@ def test_a_file_or_name_that_is_no_data_set_is_refused(tmp_path):
     "images",
     [
         IMAGES / 255,
+        IMAGES.astype(np.float32),
         IMAGES.astype(np.int64),
         IMAGES.transpose(0, 3, 1, 2),
         np.insert(IMAGES, 3, 255, axis=3),  # RGBA
@@ -215,6 +216,8 @@ def test_a_failed_download_is_one_line_that_names_the_archive(tmp_path, monkeypa
     message = refused(load_dataset, "cifar10", tmp_path)
     assert f"cifar10 not found (or incomplete) in {place}, and downloading https://" in message
     assert f"(Name or service not known). Unpack that archive into {tmp_path}, or" in message
+    (tmp_path / "file").touch()
+    assert "not found" in refused(load_dataset, "cifar10", tmp_path / "file")
     place.mkdir()
     for file, _ in torchvision.datasets.CIFAR10.train_list:
         (place / file).touch()
