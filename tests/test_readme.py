@@ -108,6 +108,33 @@ def test_names_and_files_exist():
     assert not [file for file in files if not (ROOT / file).is_file()]
 
 
+def rows(head: str) -> list[list[str]]:
+    """The cells of the table whose head starts with `head`."""
+    lines = README.split(f"\n| {head}")[1].split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_the_tables_are_the_results():
+    """Our numbers are those of results/demo and results/fitted, in brackets the paper's."""
+    cells = {}
+    for folder in ("demo", "fitted"):
+        runs, problems = tables.read_results(ROOT / "results" / folder)
+        assert not problems
+        for group in tables.group_runs(runs):
+            column = tables.column_of(group)
+            cells[folder, tables.label(column)] = column, tables.cells_of(group, "best")
+    for method, *numbers in rows("method (mCA"):
+        _, ours = cells["demo", tables.label(method if method != "magnma" else tables.MAGNMA)]
+        assert numbers == [str(ours[metric]) for metric in tables.SUMMARY]
+    shown, paper = rows("method | Clean | mCA | Corrupt"), tables.published("123")
+    assert len(shown) == len([key for key in cells if key[0] == "fitted"])
+    for name, *numbers in shown:
+        column, ours = cells["fitted", name]
+        for metric, number in zip(("clean", "mca", "corrupt_rmse"), numbers, strict=True):
+            cell = paper.get(("cifar10", "resnet18", column, metric))
+            assert number == str(ours[metric]) + (f" ({cell.mean:.2f})" if cell else "")
+
+
 def test_it_is_short_and_finished():
     lines = README.splitlines()
     assert len(lines) <= 150
