@@ -232,7 +232,7 @@ def preprocess(u8: Tensor, hflip: bool) -> Tensor:
 
     Random crop with padding 4, mirroring (if hflip), colour jitter 0.25, rotation up to 2 degrees
     (nearest, black). uint8 (N, 3, S, S) -> the same. Meant for all images of an epoch at once.
-    Raises ValueError for images of another form.
+    Raises ValueError for images in the wrong format.
     """
     check_levels(u8)
     crop, order, factors, degrees = draw_preprocessing(len(u8), hflip)

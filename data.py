@@ -52,7 +52,7 @@ def load_dataset(name: str, root: str | Path, *, need_train: bool = True) -> Dat
     """Load `cifar10`, `cifar100`, `digits` or an `.npz` file; `root` is the folder of CIFAR.
 
     Without need_train an `.npz` file may lack the training arrays; they are empty then.
-    Raises UserError for an unknown name, a failed download, or a file of another form.
+    Raises UserError for an unknown name, a failed download, or a file in the wrong format.
     """
     if name.lower().endswith(".npz"):
         return _load_npz(Path(name), need_train)
@@ -129,7 +129,8 @@ def _load_npz(path: Path, need_train: bool) -> Dataset:
             read = [key for key in (*needed, "classes", "hflip", "source") if key in keys]
             arrays = {key: file[key] for key in read}
     except OSError as error:
-        raise UserError(f"--dataset {path}: {error.strerror or error}") from None
+        why = error.strerror or error
+        raise UserError(f"cannot read {path}: {why}. Name the file with --dataset") from None
     except Exception as error:  # damaged bytes can make zipfile and numpy raise nearly anything
         reason = str(error)[:80]
         raise UserError(f"{path} is damaged, or not an .npz of plain arrays ({reason})") from None
@@ -245,7 +246,7 @@ def corruption_source(name: str, root: str | Path) -> str:
 def load_corrupted(name: str, root: str | Path, corruption: str) -> Tensor:
     """One corruption of a test set, uint8 (5, N, 3, 32, 32), memory-mapped.
 
-    Raises UserError for a missing or damaged file, or one of another form.
+    Raises UserError for a missing or damaged file, or one in the wrong format.
     """
     path = corrupted_folder(name, root) / f"{corruption}.npy"
     images = _map(path)

@@ -147,7 +147,7 @@ def evaluate(
 ) -> dict:
     """Test a network from images in [0, 1] to logits, clean and corrupted. Numbers in percent.
 
-    root: the folder that holds CIFAR-10-C and the like. limit: only the first N images of each set.
+    root: the folder that holds CIFAR-10-C, DIGITS-C etc. limit: only the first N images per set.
     seed: of RSE's draws; noise_sigma and samples as in `predict`. The result has the keys
 
         clean          accuracy, rms_calibration_error, rms_calibration_error_adaptive
@@ -219,8 +219,10 @@ def load_run(folder: Path) -> dict[str, dict | None]:
             if not {*CONFIG, "epoch", "model"} <= saved[which].keys():
                 raise UserError(f"{path} was not written by this version of train.py. Train again")
     if not any(saved.values()):
+        if folder.is_file():
+            raise UserError(f"{folder} is a file. Name the run's folder")
         if (folder / "config.json").is_file():
-            raise UserError(f"{folder} has no checkpoint yet. Train with --resume")
+            raise UserError(f"{folder} has no best.pt and no last.pt. Train it with --resume")
         raise UserError(f"{folder} is not a run folder: it has no best.pt and no last.pt")
     if saved["last"] and saved["last"]["epoch"] < saved["last"]["recipe"]["epochs"]:
         done, epochs = saved["last"]["epoch"], saved["last"]["recipe"]["epochs"]
@@ -287,9 +289,9 @@ def main(argv: list[str] | None = None) -> None:
     saved = load_run(folder)
     wanted = [w for w in saved if saved[w] and args.only in (None, w)]
     if not wanted:
-        raise UserError(f"--only {args.only}: {folder / args.only}.pt is lost. Leave --only out")
+        raise UserError(f"--only {args.only}: {folder} has no {args.only}.pt. Leave --only out")
     for which in [which for which in saved if not saved[which]]:
-        print(f"{folder}: {which}.pt is lost; evaluating the other", file=sys.stderr)
+        print(f"{folder} has no {which}.pt; evaluating the other only", file=sys.stderr)
     run = saved[wanted[0]]
     recipe = run["recipe"]
 

@@ -5,7 +5,7 @@
     Eq. (3)  trades_loss        Eq. (6)   magnma_loss (the body of Algorithm 1)
                                 Eq. (12)  gn_loss
 
-In a training loop of your own, replace `loss = F.cross_entropy(f(x), y)` by
+In your training loop, replace `loss = F.cross_entropy(f(x), y)` by
 
     loss, logits = magnma_loss(f, x, y)
 

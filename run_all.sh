@@ -111,6 +111,7 @@ mode=run
 [[ ! ${1:-} =~ ^(list|data|test)$ ]] || { mode=$1 && shift; }
 part=${1:-all}
 case $part in
+  -h | --help) sed -n '2,/^$/ s/^# \{0,1\}//p' run_all.sh && exit ;;
   all) rows='^[1-5]' tables="1 2 3 4 5" ;;
   table[1-5]) rows=${part#table} tables=${part#table} ;;
   headline) rows=headline tables="1 2" ;;

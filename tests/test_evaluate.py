@@ -361,14 +361,14 @@ def test_a_lost_checkpoint_is_named_and_the_other_evaluated(run, refusal, calls,
     before = path.read_bytes()
     for flags in ((), ("--only", kept)):
         run(*flags)
-        assert capsys.readouterr().err == f"{RUN}: {lost}.pt is lost; evaluating the other\n"
+        assert capsys.readouterr().err == f"{RUN} has no {lost}.pt; evaluating the other only\n"
         assert path.read_bytes() == before  # with the lost one's results
     path.unlink()
     run()
     results = utils.read_json(path)
     assert results[lost] is None
     assert results[kept]["mca"]
-    assert f"--only {lost}: {RUN}/{lost}.pt is lost. Leave --only out" in refusal("--only", lost)
+    assert f"--only {lost}: {RUN} has no {lost}.pt. Leave --only out" in refusal("--only", lost)
 
 
 def test_best_and_last_of_one_epoch_are_evaluated_once(run, calls):
@@ -418,7 +418,7 @@ def test_data_that_do_not_fit_the_run(refusal):
     assert "--limit 21: tiny has 20 test images" in refusal("--limit", 21)
     assert "tiny-C does not exist" in refusal("--data", "nowhere")
     os.remove("data")  # the link
-    assert "--dataset data/tiny.npz: No such file" in refusal()
+    assert "cannot read data/tiny.npz: No such file or directory. Name the file with" in refusal()
     Path("data").mkdir()
     np.savez("data/tiny.npz", **arrays | {"test_images": 255 - arrays["test_images"]})
     line = refusal()
@@ -435,6 +435,6 @@ def test_folders_that_are_not_a_finished_run(refusal):
         assert f"{RUN}/last.pt was not written by this version of train.py" in refusal()
     for which in ("best", "last"):
         (RUN / f"{which}.pt").unlink()
-    assert f"{RUN} has no checkpoint yet. Train with --resume" in refusal()
+    assert f"{RUN} has no best.pt and no last.pt. Train it with --resume" in refusal()
     (RUN / "config.json").unlink()
     assert f"{RUN} is not a run folder" in refusal()
