@@ -473,9 +473,9 @@ def generate(
 ) -> int:
     """Write the corruptions that `folder` lacks; returns how many were made.
 
-    images uint8 (N, 32, 32, 3) are the clean test images, labels int (N,) theirs. `record` has all
-    that the pixels depend on ("seed", "versions", ...) and becomes generated.json. Raises UserError
-    if the folder's own record differs, a file cannot be written, or frost has no photographs.
+    images uint8 (N, 32, 32, 3) and labels int (N,) are the clean test set. `record` has all that
+    the pixels depend on ("seed", "versions", ...) and becomes generated.json. Raises UserError if
+    the folder's own record differs, a file cannot be written, or frost has no photographs.
     """
     import data
     from utils import UserError, atomic_write, read_json, write_json

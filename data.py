@@ -48,13 +48,18 @@ class Dataset:
     flag: str = ""  # the value of --dataset: a name or a path
 
 
+def dataset_name(flag: str) -> str:
+    """The data set's name for a value of --dataset: a file's is its stem."""
+    return Path(flag).stem if flag.lower().endswith(".npz") else flag
+
+
 def load_dataset(name: str, root: str | Path, *, need_train: bool = True) -> Dataset:
     """Load `cifar10`, `cifar100`, `digits` or an `.npz` file; `root` is the folder of CIFAR.
 
     Without need_train an `.npz` file may lack the training arrays; they are empty then.
     Raises UserError for an unknown name, a failed download, or a file in the wrong format.
     """
-    if name.lower().endswith(".npz"):
+    if dataset_name(name) != name:
         return _load_npz(Path(name), need_train)
     if name == "digits":
         return _load_digits()

@@ -31,7 +31,7 @@ import augment
 import tables
 import utils
 from corruptions import corrupt
-from data import CORRUPTIONS
+from data import CORRUPTIONS, dataset_name
 from tables import MAGNMA, MIX, NINE, NOISE, SETTINGS, Cell, Group, Place, evaluations, label
 from utils import UserError
 
@@ -400,8 +400,8 @@ def main(argv: list[str] | None = None) -> int:
     if not ours:
         numbers = published_numbers()
 
-    name = Path(args.dataset).stem if args.dataset.lower().endswith(".npz") else args.dataset
-    datasets, arches = list(dict.fromkeys([name, "cifar100"])), [args.arch]
+    datasets = list(dict.fromkeys([dataset_name(args.dataset), "cifar100"]))
+    arches = [args.arch]
     three = pick(numbers, datasets, [*arches, "densenet121", "inceptionv3"], few=True)
     better = "RMS calibration error (%)\n(lower is better)"
     plan = {  # name: what it shows by place (None: needs no numbers), and its function

@@ -22,7 +22,7 @@ from typing import NamedTuple
 from tabulate import tabulate
 
 import utils
-from data import CORRUPTIONS
+from data import CORRUPTIONS, dataset_name
 from utils import UserError
 
 PAPER = utils.read_json(Path(__file__).resolve().parent / "paper" / "tables.json")
@@ -444,8 +444,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.csv and args.table:
         parser.error("--csv and --table cannot be combined")
-    if args.dataset and args.dataset.lower().endswith(".npz"):
-        args.dataset = Path(args.dataset).stem
+    args.dataset = args.dataset and dataset_name(args.dataset)
     return args
 
 

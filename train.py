@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import utils
 from augment import preprocess
-from data import BUILT_IN, Dataset, data_sha256, load_dataset
+from data import BUILT_IN, Dataset, data_sha256, dataset_name, load_dataset
 from evaluate import predict
 from losses import METHODS
 from models import ARCHS, build_model, recompute
@@ -386,7 +386,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.pgd_step_size is None:
         args.pgd_step_size = 2.5 * args.epsilon / max(1, args.pgd_steps)
-    several = "joint" in METHODS[args.method].defaults  # does the method forward several copies
+    several = forwards_copies(args.method)
     args.joint = args.joint and several
     if args.recompute and args.joint:
         parser.error("--recompute saves no memory with --joint; use one of the two")
@@ -394,9 +394,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.recompute = args.arch in LARGE and several and not args.joint
     if not args.out:
         name = f"{args.method}-{args.tag}" if args.tag else args.method
-        dataset = Path(args.dataset).stem
+        dataset = dataset_name(args.dataset)
         args.out = str(Path("runs", dataset, args.arch, name, f"seed{args.seed}"))
     return args
+
+
+def forwards_copies(method: str) -> bool:
+    """Whether the method forwards several copies of a batch: --joint and recomputation apply."""
+    return "joint" in METHODS[method].defaults
 
 
 def start_processes(args: argparse.Namespace, device: torch.device) -> tuple[int, int]:
@@ -498,8 +503,7 @@ def memory_advice(run: Run) -> str:
     flags = []
     if run.dtype is None:
         flags.append("--amp auto")
-    several = "joint" in METHODS[run.args.method].defaults
-    if several and not run.args.recompute and not run.args.joint:
+    if forwards_copies(run.args.method) and not run.args.recompute and not run.args.joint:
         flags.append("--recompute")
     return " or ".join([*flags, "a smaller --batch-size"])
 
