@@ -11,7 +11,7 @@ Each corruption is a function of (x, c, draw): a batch x, uint8 (N, 32, 32, 3) R
 of one severity; and draw(k), which gives k uniform numbers in [0, 1) per image, float64 (N, k), the
 same at each call. It returns floats with 1 for white, which `corrupt` clips and truncates to uint8,
 or finished uint8 images. The images of a batch do not affect each other. To add a corruption, write
-such a function and its entry in SEVERITIES; the script then makes what its folder lacks.
+such a function and its entry in SEVERITIES; the script then adds it to a folder made here.
 """
 
 import functools

@@ -384,6 +384,22 @@ def test_files_that_exist_are_kept_where_the_record_fits(made, tmp_path, capsys)
     assert content(folder) == content(made)
 
 
+def test_a_corruption_of_ones_own_is_made_by_the_workers(made, root, tmp_path):
+    """As README and corruptions.py say: a function, and its entry in SEVERITIES."""
+    flags = write_npz(tmp_path / "mine.npz", 12)
+    shutil.copytree(made, tmp_path / "mine-C")
+    before, after = (root / "corruptions.py").read_text().split("SEVERITIES = {")
+    own = "def darkness(x, c, draw):\n    return c * x / 255\n\n\n"
+    entry = "SEVERITIES = {darkness: (0.9, 0.8, 0.7, 0.6, 0.5),"
+    (tmp_path / "corruptions.py").write_text(before + own + entry + after)
+    command = [sys.executable, "corruptions.py", *flags]
+    subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(root)}, check=True)
+    images = np.load(tmp_path / "mine.npz")["test_images"]
+    got = np.load(tmp_path / "mine-C" / "darkness.npy")
+    assert np.array_equal(got[-12:], np.floor(0.5 * (images / 255) * 255))
+    assert len(content(made)) + 1 == len(content(tmp_path / "mine-C"))
+
+
 def test_a_set_in_another_place_is_not_made_again(made, tmp_path):
     flags = write_npz(tmp_path / "mine.npz", 12)
     shutil.copytree(made, tmp_path / "MINE-c")
