@@ -143,6 +143,10 @@ def test_nine_is_a_part_of_its_own(project):
     assert sorted(map(run_of, lines)) == sorted([*wanted] * 3)  # three seeds
     assert all(value(words, "--operations") == "augmix" for words in lines)
     assert len({value(words, "--out") for words in lines}) == 12
+    assert bash(project, "nine", SEEDS="0", **CPU).returncode == 0
+    assert [words[5:] for words in calls(project, "tables.py")] == [
+        ["runs", "--table", table] for table in "34"
+    ]
 
 
 def test_settings_reach_the_commands(project):
