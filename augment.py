@@ -54,15 +54,8 @@ def check_images(x: Tensor) -> None:
 def in_chunks(function: Callable[..., Tensor], images: Tensor, *arguments: Tensor) -> Tensor:
     """Apply `function` to images and arguments, all (B, ...), in chunks sized for the device."""
     size = CHUNK if images.device.type == "cpu" else LARGE_CHUNK
-    if len(images) <= size:
-        return function(images, *arguments)
     chunks = zip(*(values.split(size) for values in (images, *arguments)), strict=True)
-    first = function(*next(chunks))
-    result = first.new_empty(len(images), *first.shape[1:])
-    result[:size] = first
-    for k, chunk in enumerate(chunks, 1):
-        result[k * size : (k + 1) * size] = function(*chunk)
-    return result
+    return torch.cat([function(*chunk) for chunk in chunks])
 
 
 # Operations on levels, bit for bit Pillow's ImageOps
@@ -328,16 +321,15 @@ def apply_operations(images: Tensor, op: Tensor, v: Tensor) -> Tensor:
 
     images uint8 (B, 3, S, S); op and v (B,) on the host.
     """
-    rows, results = [op[:0]], [images[:0]]  # torch.cat needs at least one
+    result = torch.empty_like(images)
     for k in op.unique().tolist():
         where = (op == k).nonzero().squeeze(1)
-        group = images.index_select(0, where.to(images.device, non_blocking=True))
+        there = where.to(images.device, non_blocking=True)
+        group = images.index_select(0, there)
         if k >= 0:
             group = apply_operation(OPERATIONS[k], group, v[where].double())
-        rows.append(where)
-        results.append(group)
-    back = torch.cat(rows).argsort().to(images.device, non_blocking=True)
-    return torch.cat(results).index_select(0, back)
+        result.index_copy_(0, there, group)
+    return result
 
 
 def apply_operation(name: str, images: Tensor, v: Tensor) -> Tensor:

@@ -346,19 +346,16 @@ def frost_photographs() -> list[np.ndarray]:
     names = ("frost1.png", "frost2.png", "frost3.png", "frost4.jpg", "frost5.jpg")
     try:
         package = importlib.metadata.distribution("imagecorruptions")
-    except importlib.metadata.PackageNotFoundError:
-        files = []
-    else:
-        files = [Path(package.locate_file(f"imagecorruptions/frost/{name}")) for name in names]
-    photographs = [cv2.imread(str(file)) for file in files if file.is_file()]
-    if len(photographs) < len(names) or any(image is None for image in photographs):
+        files = [package.locate_file(f"imagecorruptions/frost/{name}") for name in names]
+        images = [cv2.imdecode(np.fromfile(file, np.uint8), cv2.IMREAD_COLOR) for file in files]
+        return [cv2.resize(image, (0, 0), fx=0.2, fy=0.2)[..., ::-1] for image in images]
+    except (importlib.metadata.PackageNotFoundError, OSError, cv2.error):
         from utils import UserError
 
         raise UserError(
             "frost needs photographs:"
             " python -m pip install --no-deps imagecorruptions==1.1.2 --force-reinstall"
-        )
-    return [cv2.resize(image, (0, 0), fx=0.2, fy=0.2)[..., ::-1] for image in photographs]
+        ) from None
 
 
 def to_uint8(y: np.ndarray) -> np.ndarray:
@@ -543,13 +540,12 @@ def download(folder: Path, url: str, md5: str) -> None:
     fetch = torchvision.datasets.utils.download_and_extract_archive
     try:
         fetch(url, archive.parent, unpacked, archive.name, md5, remove_finished=True)
-        if folder.is_dir() and any(folder.iterdir()):
-            for file in (unpacked / folder.name).iterdir():
-                if not (folder / file.name).exists():
-                    shutil.move(file, folder)
-        else:
-            write_json(unpacked / folder.name / "official.json", {"url": url, "md5": md5})
-            (unpacked / folder.name).rename(folder)  # all files appear at once
+        folder.mkdir(exist_ok=True)
+        if not any(folder.iterdir()):
+            write_json(folder / "official.json", {"url": url, "md5": md5})
+        for file in (unpacked / folder.name).iterdir():
+            if not (folder / file.name).exists():
+                shutil.move(file, folder)
     except Exception as error:  # network, disk and archive can raise nearly anything
         raise UserError(
             f"downloading {url} failed ({error}). Try again, or fetch it by hand to {archive}"
@@ -600,7 +596,7 @@ def main(argv: list[str] | None = None) -> None:
         made = generate(folder, images, clean.test_labels.numpy(), record, args.workers)
         kept = len(SEVERITIES) - made
         print(f"{folder}: {made} corruptions of {len(images)} images made, {kept} kept")
-    elif args.download and not made_here and not data.is_complete(folder):
+    elif args.download and not made_here and data.missing_files(folder):
         download(folder, *OFFICIAL[args.dataset])
     data.check_corrupted(clean, args.data)
     print(f"{folder}: complete, {data.corruption_source(clean.name, args.data)}")

@@ -165,6 +165,8 @@ def _load_npz(path: Path, need_train: bool) -> Dataset:
         raise UserError(f"{path}: classes must be a list of names, and hflip True or False")
     if len(names) < count:
         raise UserError(f"{path} names {len(names)} classes, but its labels go up to {count - 1}")
+    if need_train and len(names) < 2:
+        raise UserError(f"{path} has one class. Save images of two or more")
     absent = np.setdiff1d(np.arange(len(names)), tensors["train_labels"])
     if need_train and len(absent):
         name = f" ({names[absent[0]]})" if "classes" in arrays else ""
@@ -232,11 +234,6 @@ def missing_files(folder: Path) -> list[str]:
     made_here = (folder / "generated.json").is_file()
     stems = [*CORRUPTIONS, "labels"] + ["gaussian_noise"] * made_here
     return [f"{stem}.npy" for stem in stems if not (folder / f"{stem}.npy").is_file()]
-
-
-def is_complete(folder: Path) -> bool:
-    """Whether the folder has all files of a corrupted test set."""
-    return not missing_files(folder)
 
 
 def corruption_source(name: str, root: str | Path) -> str:

@@ -29,7 +29,6 @@ from losses import eval_mode
 from models import build_model
 from utils import UserError
 
-SEVERITIES = (1, 2, 3, 4, 5)
 N_BINS = 16
 CONFIG = ("recipe", "departures", "seed", "tag", "ran")  # of config.json and checkpoints
 
@@ -112,9 +111,9 @@ def predict(
 ) -> tuple[Tensor, Tensor]:
     """(confidence float32 (N,), predicted class int64 (N,)) on the CPU, for uint8 (N, 3, 32, 32).
 
-    f in eval mode, on its own device, in autocast's `dtype`; softmax in float32. With noise_sigma
-    the probabilities are the mean over `samples` draws of N(0, noise_sigma^2 I) on the input (RSE,
-    below Eq. (4)).
+    Switches f to eval mode and back; runs on f's device, under autocast with `dtype`; softmax in
+    float32. With noise_sigma the probabilities are the mean over `samples` draws of
+    N(0, noise_sigma^2 I) on the input (RSE, below Eq. (4)).
     """
     device = next((p.device for p in f.parameters()), torch.device("cpu"))
     size = batch_size or (2500 if device.type == "cuda" else 250)  # 250 fit a CPU's cache
@@ -184,9 +183,7 @@ def evaluate(
     confidence, correct = ({name: [] for name in names} for _ in range(2))
     with tqdm(total=5 * len(names), desc="corrupted sets", unit="set", disable=None) as bar:
         for name in names:
-            for severity, images in zip(
-                SEVERITIES, load_corrupted(dataset.name, root, name), strict=True
-            ):
+            for severity, images in enumerate(load_corrupted(dataset.name, root, name), 1):
                 c, k = run(images, name, severity)
                 confidence[name].append(c)
                 correct[name].append(k)
@@ -219,8 +216,6 @@ def load_run(folder: Path) -> dict[str, dict | None]:
             if not {*CONFIG, "epoch", "model"} <= saved[which].keys():
                 raise UserError(f"{path} was not written by this version of train.py. Train again")
     if not any(saved.values()):
-        if folder.is_file():
-            raise UserError(f"{folder} is a file. Name the run's folder")
         if (folder / "config.json").is_file():
             raise UserError(f"{folder} has no best.pt and no last.pt. Train it with --resume")
         raise UserError(f"{folder} is not a run folder: it has no best.pt and no last.pt")

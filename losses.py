@@ -255,16 +255,11 @@ def magnma_loss(
     logits, *others = forward(f, x, *noisy, *mixed, joint=joint)
 
     divergence = [kl_divergence(logits, other) for other in others]  # D(p(x) || p(x^(k)))
-    R, Z = mean(divergence[: len(noisy)]), mean(divergence[len(noisy) :])
+    R, Z = sum(divergence[: len(noisy)]) / n, sum(divergence[len(noisy) :]) / n  # 0 if left out
     confidence = F.softmax(logits, dim=1).gather(1, y[:, None])[:, 0]  # [p(x)]_y
     loss = F.cross_entropy(logits, y, reduction="none")  # L(x, y)
     loss = loss + lambda1 * confidence * R + lambda2 * confidence * Z  # L_T(x, y)
     return loss.mean(), logits
-
-
-def mean(values: list[Tensor]) -> Tensor | float:
-    """1/n sum_k of n tensors (B,), or 0 if there are none."""
-    return torch.stack(values).mean(dim=0) if values else 0.0
 
 
 # The names of --method

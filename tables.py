@@ -272,7 +272,8 @@ def print_list(groups: list[Group], checkpoint: str, style: str) -> None:
             notes.append(f"the rows of {name} differ in {describe_differences(same)}")
     notes += repeated_notes(groups)
     header = [*about, *map(label, SUMMARY)]
-    print(render(style, "Runs", header, sorted(rows), notes, left=len(about)))
+    rows.sort(key=lambda row: row[:3])  # rows of one name stay in the order of their note
+    print(render(style, "Runs", header, rows, notes, left=len(about)))
 
 
 def repeated_notes(groups: list[Group]) -> list[str]:
@@ -452,15 +453,12 @@ def main(argv: list[str] | None = None) -> int:
     """Print what the flags ask for. Exit code 1 if a results.json was left out."""
     args = parse_args(argv)
     runs, problems = read_results(args.runs)
-    for key, name in (("dataset", args.dataset), ("arch", args.arch)):
-        found = sorted({run["recipe"][key] for run in runs.values()})
-        if name and runs and name not in found:
-            raise UserError(f"--{key} {name}: no such run. There are runs of {', '.join(found)}")
     wanted = {"dataset": args.dataset, "arch": args.arch}
     wanted = {key: name for key, name in wanted.items() if name}
     listed = {path: run for path, run in runs.items() if wanted.items() <= run["recipe"].items()}
     if runs and not listed:
-        raise UserError(f"no run is of both --dataset {args.dataset} and --arch {args.arch}")
+        found = sorted({" ".join(run["recipe"][key] for key in wanted) for run in runs.values()})
+        raise UserError(f"no run of {' '.join(wanted.values())}. There are {', '.join(found)}")
     if args.table:
         places = closest_to_paper(group_runs(runs), args.checkpoint)
         for number in PAPER["tables"] if args.table == "all" else [args.table]:

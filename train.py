@@ -143,16 +143,8 @@ def finish_epoch(run: Run, eta_t: float, totals: Tensor, images: int, start: flo
     test_accuracy = 100 * accuracy(run) if tested and run.rank == 0 else None
     gpu = run.device.type == "cuda"
     memory = torch.cuda.max_memory_allocated(run.device) / 2**20 if gpu else None
-    row = (
-        epoch,
-        eta_t,
-        train_loss,
-        train_accuracy,
-        test_accuracy,
-        seconds,
-        images / seconds,
-        memory,
-    )
+    row = epoch, eta_t, train_loss, train_accuracy, test_accuracy
+    row = (*row, seconds, images / seconds, memory)
     run.log.append(dict(zip(LOG, row, strict=True)))
     if run.rank != 0:
         return
@@ -177,13 +169,13 @@ def accuracy(run: Run) -> float:
 
 def recipe_of(args: argparse.Namespace, dataset: Dataset, amp: str, processes: int) -> dict:
     """What a run is: everything that its numbers depend on, besides the seed."""
-    flags, own = vars(args), dict(METHODS[args.method].defaults)
-    own |= {"rse_samples": args.rse_samples} if args.method == "rse" else {}
+    flags, own = vars(args), [*METHODS[args.method].defaults]
+    own += ["rse_samples"] if args.method == "rse" else []
     return {
         "dataset": dataset.name,
         **{name: flags[name] for name in SHARED},
         "amp": amp,
-        **{name: flags.get(name, default) for name, default in own.items()},
+        **{name: flags[name] for name in own},
         "data_sha256": data_sha256(dataset),
         "train_images": args.subset or len(dataset.train_images),
         "classes": len(dataset.classes),
@@ -252,7 +244,7 @@ def open_run(run: Run) -> None:
     if run.log:
         write_log(folder, run.log)
     done, epochs = len(run.log), run.args.epochs
-    if done < epochs:  # with `ran` of this machine
+    if done < epochs:  # its `ran` names the machine that ends the run
         utils.write_json(folder / "config.json", run.config)
     if run.args.resume:
         state = f"continues at epoch {done + 1} of {epochs}" if done else "starts"
@@ -348,12 +340,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     own("sigma-max", not_negative, "MAGNMA, GN: largest noise level")
     own("beta", utils.number(float, low=0.01), "MAGNMA: w ~ Beta(beta, beta) mixes x with T_a(x)")
     own("n", count, "MAGNMA: samples of each regulariser")
-    own(
-        "operations",
-        str,
-        "MAGNMA: T_a is one of the text's four, or AugMix's nine",
-        ("A", "augmix"),
-    )
+    own("operations", str, "MAGNMA: the text's four for T_a, or AugMix's nine", ("A", "augmix"))
     own("epsilon", not_negative, "AT, TRADES: l_inf radius; by default 8/255")
     own("pgd-steps", natural, "AT, TRADES: steps of the attack")
     own("pgd-step-size", not_negative, "AT, TRADES: step size; by default 2.5 epsilon / steps")
@@ -383,6 +370,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--out", help="by default runs/<dataset>/<arch>/<method>[-<tag>]/seed<k>")
     flag("--resume", action="store_true", help="continue the run, or start it")
 
+    method = parser.parse_args(argv).method
+    parser.set_defaults(**METHODS[method].defaults)  # another may have a flag of the same name
     args = parser.parse_args(argv)
     if args.pgd_step_size is None:
         args.pgd_step_size = 2.5 * args.epsilon / max(1, args.pgd_steps)

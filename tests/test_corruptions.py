@@ -471,7 +471,11 @@ def official(made, tmp_path, monkeypatch):
     return archive
 
 
-def test_the_official_set_is_unpacked_and_kept(official, made, capsys):
+@pytest.mark.parametrize("linked", [False, True])  # to an empty folder on another disk
+def test_the_official_set_is_unpacked_and_kept(official, made, capsys, linked):
+    if linked:
+        Path("disk").mkdir()
+        Path("data/CIFAR-10-C").symlink_to(Path("disk").resolve())
     for flags in (["--download"], ["--download"], []):  # the second time it exists
         corruptions.main(flags)
         assert capsys.readouterr().out.endswith("data/CIFAR-10-C: complete, official\n")

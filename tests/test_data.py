@@ -157,6 +157,9 @@ REFUSED = {
     "test_labels is float64 (7,), not 7 integers": {"test_labels": np.arange(N) / 1},
     "classes must be a list of names, and hflip True or False": {"classes": "abcd"},
     "and hflip True or False": {"hflip": "no"},
+    "mine.npz has one class. Save images of two or more": {
+        "train_labels": [0] * 8, "test_labels": [0] * N,
+    },
     "names 2 classes, but its labels go up to 3": {"classes": ["a", "b"]},
     "is damaged, or not an .npz of plain arrays": {"source": np.array([None])},
 }  # fmt: skip
@@ -276,10 +279,10 @@ def test_a_complete_set_and_its_source(mine):
     folder = data.corrupted_folder("mine", "data")
     for name in (*data.CORRUPTIONS, "labels"):
         (folder / f"{name}.npy").rename("away")
-        assert not data.is_complete(folder)
+        assert data.missing_files(folder) == [f"{name}.npy"]
         assert f"data/mine-C lacks {name}.npy. " in refused(check_corrupted, mine, "data")
         shutil.move("away", folder / f"{name}.npy")
-    assert data.is_complete(folder)
+    assert not data.missing_files(folder)
     assert corruption_source("mine", "data") == "unverified"
     (folder / "generated.json").write_text("{}")
     assert data.missing_files(folder) == ["gaussian_noise.npy"]
@@ -382,7 +385,7 @@ def test_a_set_in_another_place_is_named_with_the_command_that_helps(mine, found
     check_corrupted(mine, root)
 
 
-def test_an_official_set_that_lacks_files_is_completed_by_a_download(tmp_path):
+def test_a_missing_official_set_can_be_downloaded_or_made(tmp_path):
     """tests/test_corruptions.py has the advice for a folder that lacks files."""
     dataset = dataclasses.replace(load_dataset("digits", ""), name="cifar10", flag="cifar10")
     command = f"`python corruptions.py --dataset cifar10 --data {tmp_path}"

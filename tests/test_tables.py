@@ -164,6 +164,15 @@ def test_the_list_has_means_and_population_deviations_over_seeds(tmp_path, capsy
     assert re.search(r"& standard +& 0 1 2 +& ", latex)
 
 
+def test_the_rows_of_one_name_are_in_the_order_of_their_note(tmp_path, capsys):
+    for seed in (0, 1):
+        put(tmp_path, seed=seed)
+    put(tmp_path, lr=0.05, best=make_evaluation(clean=10))
+    rows, text = github(capsys, tmp_path)
+    assert [row[3] for row in rows[1:]] == ["0 1", "0"]
+    assert "differ in lr 0.1 | 0.05" in text
+
+
 def test_unlike_runs_are_never_averaged_and_a_second_run_of_a_seed_is_named(tmp_path, capsys):
     bad = make_evaluation(clean=10)
     put(tmp_path)
@@ -324,8 +333,8 @@ def test_mistakes_are_one_line_and_exit_code_2(tmp_path, monkeypatch):
     put(tmp_path / "runs", dataset="mine", arch="vgg")
     for argv, said in (
         ("empty", "no results.json below empty"),
-        ("--arch resnet2O", "--arch resnet2O: no such run. There are runs of resnet18, vgg"),
-        ("--arch vgg --dataset cifar10", "no run is of both --dataset cifar10 and --arch vgg"),
+        ("--arch resnet2O", "no run of resnet2O. There are resnet18, vgg"),
+        ("--arch vgg --dataset cifar10", "no run of cifar10 vgg. There are cifar10 resnet18, mine"),
     ):
         assert said in refused(tables.main, argv.split())
     with pytest.raises(SystemExit, match="2"):

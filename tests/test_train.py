@@ -126,6 +126,17 @@ def test_the_defaults_are_the_papers():
     assert (args.pgd_step_size, args.out) == (0.05, "runs/mine/resnet18/at-small/seed3")
 
 
+def test_a_method_of_ones_own_shares_a_flag_but_not_its_default(monkeypatch, recipe_of):
+    def mine_loss(f, x, y, *, n=1, sigma_max=0.5, other=7):
+        return losses.standard_loss(f, x, y)
+
+    monkeypatch.setitem(losses.METHODS, "mine", losses.Method(mine_loss))
+    recipe = recipe_of("--method mine --sigma-max 0.4")
+    assert (recipe["n"], recipe["sigma_max"], recipe["other"]) == (1, 0.4, 7)
+    recipe = recipe_of("--method magnma")
+    assert (recipe["n"], recipe["sigma_max"]) == (5, 0.2)
+
+
 @pytest.mark.parametrize("arch", ["resnet18", "densenet121", "densenet121_k32", "inceptionv3"])
 def test_large_networks_recompute_the_methods_that_forward_several_copies(arch, monkeypatch):
     def mine_loss(f, x, y, *, joint=False):
