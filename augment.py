@@ -125,11 +125,11 @@ def check_levels(images: Tensor, level: Tensor | None = None) -> None:
 # pixel centres are at +0.5.
 
 
-def rotation_matrix(degrees: Tensor, size: int) -> Tensor:
+def rotation_matrix(degrees: Tensor, height: int, width: int) -> Tensor:
     """Pillow's Image.rotate: counter-clockwise about the centre. (B,) -> float64 (B, 6)."""
     angle = -torch.deg2rad(degrees.double())
-    cos, sin, c = angle.cos(), angle.sin(), size / 2
-    return torch.stack([cos, sin, c - c * cos - c * sin, -sin, cos, c + c * sin - c * cos], 1)
+    cos, sin, x, y = angle.cos(), angle.sin(), width / 2, height / 2
+    return torch.stack([cos, sin, x - x * cos - y * sin, -sin, cos, y + x * sin - y * cos], 1)
 
 
 def affine(images: Tensor, matrix: Tensor) -> Tensor:
@@ -224,12 +224,12 @@ def preprocess(u8: Tensor, hflip: bool) -> Tensor:
     """The preprocessing of Sec. 4, as by torchvision's transforms on Pillow images.
 
     Random crop with padding 4, mirroring (if hflip), colour jitter 0.25, rotation up to 2 degrees
-    (nearest, black). uint8 (N, 3, S, S) -> the same. Meant for all images of an epoch at once.
+    (nearest, black). uint8 (N, 3, H, W) -> the same. Meant for all images of an epoch at once.
     Raises ValueError for images in the wrong format.
     """
     check_levels(u8)
     crop, order, factors, degrees = draw_preprocessing(len(u8), hflip)
-    matrix = fixed_point(rotation_matrix(degrees, u8.shape[2]))
+    matrix = fixed_point(rotation_matrix(degrees, *u8.shape[2:]))
 
     def apply(
         images: Tensor, crop: Tensor, order: Tensor, factors: Tensor, matrix: Tensor
@@ -268,7 +268,7 @@ def gaussian_noise(x: Tensor, sigma_max: float) -> Tensor:
 def mixed_augmentation(x: Tensor, beta: float, operations: str = "A") -> Tensor:
     """x_a(w) = w x + (1 - w) T_a(x), a ~ U(A) and w ~ Beta(beta, beta) per image.
 
-    (B, 3, S, S) in [0, 1] -> the same; T_a works on the nearest of 256 levels. operations: "A"
+    (B, 3, H, W) in [0, 1] -> the same; T_a works on the nearest of 256 levels. operations: "A"
     draws from the four in the paper's text, "augmix" from AugMix's nine. Raises ValueError for
     another name, for beta <= 0, and for other images (`check_images`).
     """
@@ -319,7 +319,7 @@ def to_uint8(x: Tensor) -> Tensor:
 def apply_operations(images: Tensor, op: Tensor, v: Tensor) -> Tensor:
     """Apply to each image its operation, an index into OPERATIONS (-1: none), at level |v|.
 
-    images uint8 (B, 3, S, S); op and v (B,) on the host.
+    images uint8 (B, 3, H, W); op and v (B,) on the host.
     """
     result = torch.empty_like(images)
     for k in op.unique().tolist():
@@ -337,10 +337,11 @@ def apply_operation(name: str, images: Tensor, v: Tensor) -> Tensor:
 
     posterize keeps 4 - floor(4 |v| / 10) bits, at least one; solarize inverts from
     256 - floor(256 |v| / 10) on; rotation is by floor(30 |v| / 10) degrees, shear by 0.3 |v| / 10,
-    translation by floor(S / 3 |v| / 10) pixels. The sign of v is the direction of these three.
-    uint8 (B, 3, S, S) -> the same.
+    translation by floor(W / 3 |v| / 10) or floor(H / 3 |v| / 10) pixels. The sign of v is the
+    direction of these three. uint8 (B, 3, H, W) -> the same.
     """
-    size, one, zero = images.shape[2], torch.ones_like(v), torch.zeros_like(v)
+    height, width = images.shape[2:]
+    one, zero = torch.ones_like(v), torch.zeros_like(v)
 
     def level(values: Tensor) -> Tensor:
         return values.int().to(images.device, non_blocking=True)
@@ -354,19 +355,18 @@ def apply_operation(name: str, images: Tensor, v: Tensor) -> Tensor:
     if name == "solarize":
         return solarize(images, level(256 - (256 * v.abs() / 10).floor()))
     if name == "rotate":
-        return affine(images, rotation_matrix((30 * v / 10).trunc(), size))
+        return affine(images, rotation_matrix((30 * v / 10).trunc(), height, width))
     if name == "shear_x":
         return affine(images, torch.stack([one, 0.3 * v / 10, zero, zero, one, zero], 1))
     if name == "shear_y":
         return affine(images, torch.stack([one, zero, zero, 0.3 * v / 10, one, zero], 1))
-    pixels = (size / 3 * v / 10).trunc()
     if name == "translate_x":
-        return translate(images, level(torch.stack([pixels, zero], 1)))
-    return translate(images, level(torch.stack([zero, pixels], 1)))  # translate_y
+        return translate(images, level(torch.stack([(width / 3 * v / 10).trunc(), zero], 1)))
+    return translate(images, level(torch.stack([zero, (height / 3 * v / 10).trunc()], 1)))
 
 
 def augmix(x: Tensor) -> Tensor:
-    """(1 - m) x + m sum_i w_i chain_i(x), drawn for each image. (B, 3, S, S) in [0, 1] -> the same.
+    """(1 - m) x + m sum_i w_i chain_i(x), drawn for each image. (B, 3, H, W) in [0, 1] -> the same.
 
     Each of three chains is 1 to 3 operations on levels, one after another; m ~ Beta(1, 1),
     w ~ Dirichlet(1). Raises ValueError for other images (`check_images`).

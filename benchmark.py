@@ -77,7 +77,8 @@ USUAL_PREPROCESSING = transforms.Compose([
 
 def usual_operation(picture: Image.Image, name: str, v: float) -> Image.Image:
     """One of augment.OPERATIONS by Pillow; |v| in [0.1, 10] on AugMix's scale, signed."""
-    level, shear, pixels = abs(v) / 10, 0.3 * v / 10, int(picture.width / 3 * v / 10)
+    level, shear = abs(v) / 10, 0.3 * v / 10
+    right, down = (int(size / 3 * v / 10) for size in picture.size)
     if name == "posterize":
         return ImageOps.posterize(picture, 4 - int(4 * level))
     if name == "solarize":
@@ -89,8 +90,8 @@ def usual_operation(picture: Image.Image, name: str, v: float) -> Image.Image:
     matrix = {
         "shear_x": (1, shear, 0, 0, 1, 0),
         "shear_y": (1, 0, 0, shear, 1, 0),
-        "translate_x": (1, 0, pixels, 0, 1, 0),
-        "translate_y": (1, 0, 0, 0, 1, pixels),
+        "translate_x": (1, 0, right, 0, 1, 0),
+        "translate_y": (1, 0, 0, 0, 1, down),
     }[name]
     affine, bilinear = Image.Transform.AFFINE, Image.Resampling.BILINEAR
     return picture.transform(picture.size, affine, matrix, bilinear)

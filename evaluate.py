@@ -13,6 +13,7 @@ From Python, any network f from images in [0, 1] to logits:
 """
 
 import argparse
+import itertools
 import sys
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from tqdm import tqdm
 
 import data
 import utils
+from augment import check_levels
 from data import CORRUPTIONS, Dataset, load_corrupted, load_dataset
 from losses import eval_mode
 from models import build_model
@@ -49,13 +51,13 @@ def rms_calibration_error(
     Raises ValueError for empty, NaN or out-of-range input.
     """
     confidence, correct = (
-        torch.as_tensor(values, dtype=torch.float64, device="cpu").detach().numpy().ravel()
+        torch.as_tensor(values, dtype=torch.float64, device="cpu").detach().numpy()
         for values in (confidence, correct)
     )
-    if len(confidence) == 0 or len(confidence) != len(correct):
-        raise ValueError(
-            f"{len(confidence)} confidences and {len(correct)} outcomes; expected N and N"
-        )
+    if confidence.size == 0 or confidence.shape != correct.shape:
+        shapes = f"{confidence.shape} confidences and {correct.shape} outcomes"
+        raise ValueError(f"{shapes}; expected one outcome for each, and at least one")
+    confidence, correct = confidence.ravel(), correct.ravel()
     if not ((confidence >= 0) & (confidence <= 1)).all():  # NaN fails
         raise ValueError("a confidence is not a number in [0, 1]")
     if not ((correct == 0) | (correct == 1)).all():
@@ -99,6 +101,12 @@ def scores(confidence: np.ndarray, correct: np.ndarray) -> dict[str, float]:
 # Prediction
 
 
+def device_of(f: nn.Module) -> torch.device:
+    """The device of f's parameters and buffers; the CPU if it has none."""
+    tensors = itertools.chain(f.parameters(), f.buffers())
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
+
+
 @torch.no_grad()
 def predict(
     f: nn.Module,
@@ -115,7 +123,8 @@ def predict(
     float32. With noise_sigma the probabilities are the mean over `samples` draws of
     N(0, noise_sigma^2 I) on the input (RSE, below Eq. (4)).
     """
-    device = next((p.device for p in f.parameters()), torch.device("cpu"))
+    check_levels(images_u8)
+    device = device_of(f)
     size = batch_size or (2500 if device.type == "cuda" else 250)  # 250 fit a CPU's cache
     best = []
     with eval_mode(f):
@@ -147,7 +156,7 @@ def evaluate(
     """Test a network from images in [0, 1] to logits, clean and corrupted. Numbers in percent.
 
     root: the folder that holds CIFAR-10-C, DIGITS-C etc. limit: only the first N images per set.
-    seed: of RSE's draws; noise_sigma and samples as in `predict`. The result has the keys
+    seed: of all draws, RSE's; noise_sigma and samples as in `predict`. The result has the keys
 
         clean          accuracy, rms_calibration_error, rms_calibration_error_adaptive
         corruptions    {name: these three for each of 5 severities}
@@ -160,18 +169,21 @@ def evaluate(
     corrupted set is incomplete or belongs to other images.
     """
     labels = dataset.test_labels[:limit]
+    devices = [device for device in [device_of(f)] if device.type == "cuda"]
 
     def run(images: Tensor, *key: object) -> tuple[np.ndarray, np.ndarray]:
-        if noise_sigma > 0:  # else the caller's generators are left alone
+        with torch.random.fork_rng(devices):  # the caller's generators are left alone
             utils.seed(seed, *key)
-        confidence, prediction = predict(
-            f,
-            images[:limit],
-            dtype=dtype,
-            batch_size=batch_size,
-            noise_sigma=noise_sigma,
-            samples=samples,
-        )
+            confidence, prediction = predict(
+                f,
+                images[:limit],
+                dtype=dtype,
+                batch_size=batch_size,
+                noise_sigma=noise_sigma,
+                samples=samples,
+            )
+        if confidence.isnan().any():
+            raise UserError(f"the network's output is NaN on {' '.join(map(str, key))}")
         return confidence.numpy(), (prediction == labels).numpy()
 
     # fail now, not after minutes of work
@@ -226,10 +238,16 @@ def load_run(folder: Path) -> dict[str, dict | None]:
 
 
 def network_of(checkpoint: dict, device: torch.device) -> nn.Module:
-    """The network that a checkpoint of train.py holds."""
+    """The network that a checkpoint of train.py holds. UserError if models/ has changed."""
     recipe = checkpoint["recipe"]
-    f = build_model(recipe["arch"], recipe["classes"])
-    f.load_state_dict(checkpoint["model"])
+    try:
+        f = build_model(recipe["arch"], recipe["classes"])
+        f.load_state_dict(checkpoint["model"])
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"this code's {recipe['arch']} is not the run's ({str(error)[:80]})."
+            f" Use the code of its commit, {checkpoint['ran']['commit']}"
+        ) from None
     return f.to(device, memory_format=torch.channels_last)
 
 
@@ -296,8 +314,12 @@ def main(argv: list[str] | None = None) -> None:
         out = folder / "results.json"
         if len(wanted) < 2 and out.exists():
             out = None  # never replace results of both checkpoints by those of one
+    if out and out.name == "results.json" and not own:
+        shown = f"tables.py would show these numbers as {recipe['dataset']}'s"
+        raise UserError(f"--out {out}: {shown}. Choose another name")
     if out:
         utils.check_out(out)
+    provenance = utils.provenance(device)  # of this moment: the work takes a while
 
     in_float32 = args.amp == "auto" and recipe["amp"] == "off"
     dtype = None if in_float32 else utils.amp_dtype(args.amp, device)
@@ -329,7 +351,7 @@ def main(argv: list[str] | None = None) -> None:
             "test_images": args.limit or len(dataset.test_images),
             "amp": utils.amp_name(dtype),
             "limit": args.limit,
-            **utils.provenance(device),
+            **provenance,
         },
         **entries,
     }

@@ -14,7 +14,7 @@ images to logits, x float (B, 3, H, W) in [0, 1] and y int64 (B,), and returns (
 (B, C)): the clean logits if the method forwards clean x, else those of the perturbed images. The
 defaults are the paper's values. The clean images and each perturbed copy go through f in separate
 passes, or with `joint` as one batch, which changes what batch norm sees. Randomness is torch's
-global generators. Half-precision logits are cast to float32.
+global generators. Half-precision logits are cast to float32. Devices: CPUs and CUDA GPUs.
 
 To add a method: write a function here and name it in METHODS at the end.
 """
@@ -121,8 +121,11 @@ def pgd_attack(
         for _ in range(steps):
             delta.requires_grad_(True)
             (logits,) = forward(f, x + delta)
-            # only its sign counts; the factor keeps small half-precision gradients from underflow
-            (gradient,) = torch.autograd.grad(1024.0 * objective(logits).sum(), delta)
+            # Only the sign of the gradient counts. Per image, its largest value at the logits is
+            # made 1, so that half precision neither underflows nor overflows.
+            (slope,) = torch.autograd.grad(objective(logits).sum(), logits)
+            slope /= slope.abs().amax(dim=1, keepdim=True).clamp(min=1e-30)
+            (gradient,) = torch.autograd.grad(logits, delta, slope)
             delta = (delta.detach() + step_size * gradient.sign()).clamp(-epsilon, epsilon)
     return x + delta
 
@@ -130,13 +133,14 @@ def pgd_attack(
 @contextmanager
 def eval_mode(f: nn.Module) -> Iterator[None]:
     """Switch f to eval mode and each submodule back: a frozen batch norm stays frozen."""
-    training = [module for module in f.modules() if module.training]
+    modes = [(module, module.training) for module in f.modules()]
     f.eval()
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        f.train(modes[0][1])  # undoes what a module's own train() may have done, as LoRA's
+        for module, training in modes:
+            module.training = training
 
 
 @contextmanager

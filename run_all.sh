@@ -20,7 +20,7 @@
 # The demo's are SEEDS=0 GPUS=2 ROOT=runs-demo DEVICE=cpu.
 #
 # To stop it with its trainings: Ctrl-C, or the kill command that it prints. Run again, it resumes.
-# SLURM: bash run_all.sh data table3, then an array of 27 jobs, started in this folder, that run
+# SLURM: bash run_all.sh data table3, then in this folder an array of 27 jobs, --array=1-27, that run
 #   bash run_all.sh list table3 | sed -n "${SLURM_ARRAY_TASK_ID}p" | bash
 
 # shellcheck disable=SC2086 # unquoted variables are lists of words
@@ -131,7 +131,7 @@ SEEDS=${SEEDS:-0 1 2} GPUS=${GPUS:-1} ROOT=${ROOT:-runs} DEVICE=${DEVICE:-cuda} 
 [[ $GPUS =~ ^[1-9][0-9]*$ ]] || die "GPUS takes a number, e.g. GPUS=2, not '$GPUS'"
 [[ $DEVICE =~ ^(cuda|cpu)$ ]] || die "DEVICE is cuda or cpu, not '$DEVICE'"
 for flag in $FLAGS; do
-  [[ ! ${flag%%=*} =~ ^--(dataset|arch|method|tag|seed|device|out|resume)$ ]] ||
+  [[ ! ${flag%%=*} =~ ^--(dataset|data|arch|method|tag|seed|device|out|resume)$ ]] ||
     die "FLAGS cannot have ${flag%%=*}: run_all.sh sets this flag itself"
 done
 [[ -z $FLAGS || $(realpath -m "$ROOT") != "$(realpath -m runs)" ]] ||

@@ -25,15 +25,18 @@ refused=$(awk -F, '/^[0-9]/ && ($1 + 0 < 525 || $1 + 0 < 580 && $2 + 0 >= 10)' <
 [[ -z $refused ]] || die "the NVIDIA driver is too old: ${refused%%$'\n'*} (version, compute capability). Update it to 580"
 [[ -z $(awk -F, '/^[0-9]/ && ($1 + 0 < 580 || $2 + 0 < 7.5)' <<<"$gpus") ]] || build=cu126
 
-stamp="$(cksum <requirements.txt) $build" # where cu126 is not needed, a .venv with it is accepted too
-[[ ! -f .venv/installed || $(<.venv/installed) != "$stamp"* ]] || exit 0
+stamp="$(cksum <requirements.txt) $PWD $build" # where cu126 is not needed, a .venv with it is accepted too
+[[ ! -x .venv/bin/python || ! -f .venv/installed || $(<.venv/installed) != "$stamp"* ]] || exit 0
 
 for python in python3 python3.13 python3.12 python3.11 ""; do # "": none of them
   [[ ! $("$python" --version 2>/dev/null) =~ ^Python\ 3\.(1[1-9]|[2-9][0-9]) ]] || break
 done
 [[ $python ]] || die "Python 3.11 or newer not found as python3. Install it, or set PYTHON for run_all.sh"
 echo "setup.sh: installing the packages of requirements.txt into .venv; some minutes"
-[[ -x .venv/bin/python && -x .venv/bin/pip ]] || "$python" -m venv .venv || die "python3 -m venv failed, see above"
+clear="" # a .venv that was moved has its old place in its scripts: it is made anew
+[[ ! -f .venv/bin/activate ]] || grep -qF "$PWD/.venv" .venv/bin/activate || clear=--clear
+[[ ! $clear && -x .venv/bin/python && -x .venv/bin/pip ]] || "$python" -m venv ${clear:+"$clear"} .venv ||
+  die "python3 -m venv failed, see above"
 if [[ $build == cu126 ]]; then
   pip --extra-index-url https://download.pytorch.org/whl/cu126 \
     -r <(sed -E 's/^(torch|torchvision)==[0-9.]+/&+cu126/' requirements.txt)

@@ -13,6 +13,7 @@ seeds are the population's (divided by n).
 import argparse
 import csv
 import json
+import os
 import statistics
 import sys
 from itertools import product
@@ -96,7 +97,10 @@ def read_results(root: str | Path) -> tuple[dict[Path, dict], list[str]]:
 
     Raises UserError if there is none.
     """
-    paths = sorted(Path(root).rglob("results.json"))
+    walk = os.walk(root, followlinks=True)  # folders may be links to another disk
+    paths = sorted(
+        Path(folder, "results.json") for folder, _, files in walk if "results.json" in files
+    )
     if not paths:
         raise UserError(f"no results.json below {root}. Train with train.py, then run evaluate.py")
     sound, problems = {}, []
@@ -140,7 +144,9 @@ def check(content: dict) -> None:
             if any(len(numbers) != 3 for numbers in bins):
                 raise UserError("its reliability diagrams do not have 3 numbers per bin")
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"it was not written by this version of evaluate.py ({error!r})") from None
+        raise UserError(
+            f"it was not written by this version of evaluate.py ({error!r}). Run it again"
+        ) from None
 
 
 def group_runs(runs: dict[Path, dict]) -> list[Group]:
@@ -212,6 +218,8 @@ def departures(group: Group) -> list[str]:
         said.append(f"{shared['corruption_source']} corruptions")
     if shared["train_images"] != 50000 and "subset" not in found:
         said.append(f"{shared['train_images']} training images")
+    if shared["method"] == "magnma" and column_of(group) == method_of(shared):  # not in its name
+        found |= {name: shared[name] for name in ("lambda1", "lambda2", "sigma_max", "beta")}
     for name, value in found.items():
         flag = "--" + name.replace("_", "-")
         said.append(flag if value is True else f"{flag} {value}")
@@ -239,7 +247,9 @@ def closest_to_paper(groups: list[Group], checkpoint: str) -> dict[Place, list[G
 
     def rank(group: Group) -> tuple[bool, int, int]:
         seeds = len(evaluations(group, checkpoint))
-        return seeds == 0, len(departures(group)), -seeds
+        precision = ("--amp", "evaluated in")  # every run on a GPU departs in these
+        others = [words for words in departures(group) if not words.startswith(precision)]
+        return seeds == 0, len(others), -seeds
 
     places: dict[Place, list[Group]] = {}
     for group in sorted(groups, key=rank):

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from shlex import quote
 from typing import IO
 
 import torch
@@ -235,6 +236,11 @@ def open_run(run: Run) -> None:
         restore(saved, last, run)
     elif (folder / "config.json").exists():
         check_same_run(utils.read_json(folder / "config.json"), folder / "config.json", run)
+        if (folder / "log.csv").exists():  # it is written after last.pt
+            raise UserError(
+                f"{folder} has lost its last.pt; --resume would start again and replace best.pt."
+                " If you want that, delete log.csv and results.json"
+            )
     if dist.is_initialized():
         dist.barrier()  # every process has read the folder before the first one writes
     if run.rank > 0:
@@ -275,7 +281,9 @@ def restore(saved: dict, path: Path, run: Run) -> None:
         run.scaler.load_state_dict(saved["scaler"])
         run.log += saved["log"]
     except (KeyError, TypeError, RuntimeError) as error:
-        raise UserError(f"{path} is damaged ({str(error)[:80]}). Use --tag or --out") from None
+        raise UserError(
+            f"{path} is damaged, or of other code ({str(error)[:80]}). Use --tag or --out"
+        ) from None
     run.sgd.param_groups[0]["fused"] = run.device.type == "cuda"  # saved on another device
 
 
@@ -373,6 +381,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     method = parser.parse_args(argv).method
     parser.set_defaults(**METHODS[method].defaults)  # another may have a flag of the same name
     args = parser.parse_args(argv)
+    others = {"--" + name.replace("_", "-") for name in paper.keys() - METHODS[method].defaults}
+    given = {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
+    if unused := sorted(others & given):
+        print(f"{parser.prog}: {method} does not use {', '.join(unused)}", file=sys.stderr)
     if args.pgd_step_size is None:
         args.pgd_step_size = 2.5 * args.epsilon / max(1, args.pgd_steps)
     several = forwards_copies(args.method)
@@ -481,7 +493,8 @@ def main(argv: list[str] | None = None) -> None:
     except torch.OutOfMemoryError:
         raise UserError(f"the GPU's memory is full. {memory_advice(run)} needs less") from None
     if rank == 0:
-        tqdm.write(f"evaluate it: python evaluate.py {folder}")
+        place = "" if args.data == "data" else f" --data {quote(args.data)}"
+        tqdm.write(f"evaluate it: python evaluate.py {quote(str(folder))}{place}")
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

@@ -266,7 +266,8 @@ def run_main(main: Callable[[], int | None]) -> int:
     script = Path(sys.argv[0]).name
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # an ASCII terminal shows ? for ±
+            # ? for ± on an ASCII terminal; in a log file each line appears at once, and in order
+            stream.reconfigure(errors="replace", line_buffering=True)
     try:
         code = main() or 0
         sys.stdout.flush()

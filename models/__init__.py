@@ -7,10 +7,11 @@ The files beside this one adapt torchvision's networks to 32x32 pixels. State di
 torchvision's key names.
 """
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.densenet import densenet121, densenet121_k32
@@ -52,22 +53,26 @@ def recompute(f: nn.Module) -> None:
     second pass uses the same batch statistics and dropout masks, and does not update batch norm's
     running statistics again.
     """
-    forward = f.forward
+    # not a closure, in which a deep copy of f would keep this f
+    f.forward = functools.partial(_forward_twice, f, f.forward)
 
-    @contextmanager
-    def statistics_fixed() -> Iterator[None]:
-        batch_norm = nn.modules.batchnorm._BatchNorm
-        norms = [m for m in f.modules() if isinstance(m, batch_norm)]
-        before = [(m.momentum, m.num_batches_tracked) for m in norms]
-        for m in norms:
-            m.momentum, m.num_batches_tracked = 0.0, None
-        try:
-            yield
-        finally:
-            for m, (momentum, count) in zip(norms, before, strict=True):
-                m.momentum, m.num_batches_tracked = momentum, count
 
+def _forward_twice(f: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     def contexts() -> tuple:  # for the first and the second pass
-        return nullcontext(), statistics_fixed()
+        return nullcontext(), _statistics_fixed(f)
 
-    f.forward = lambda x: checkpoint(forward, x, use_reentrant=False, context_fn=contexts)
+    return checkpoint(forward, x, use_reentrant=False, context_fn=contexts)
+
+
+@contextmanager
+def _statistics_fixed(f: nn.Module) -> Iterator[None]:
+    batch_norm = nn.modules.batchnorm._BatchNorm
+    norms = [m for m in f.modules() if isinstance(m, batch_norm)]
+    before = [(m.momentum, m.num_batches_tracked) for m in norms]
+    for m in norms:
+        m.momentum, m.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for m, (momentum, count) in zip(norms, before, strict=True):
+            m.momentum, m.num_batches_tracked = momentum, count

@@ -106,9 +106,11 @@ def test_autocontrast_equals_pillow_whatever_the_extreme_levels():
     )
 
 
+@pytest.mark.parametrize("square", [True, False])
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_each_operation_follows_pillow_at_augmixs_levels(name):
+def test_each_operation_follows_pillow_at_augmixs_levels(name, square):
     images = sample_images()[::5]
+    images = images if square else torch.cat([images, images.flip(3)], 3)[:, :, :20]
     op = torch.full((len(images),), OPERATIONS.index(name))
     for v in (-9.99, -2.9, -0.3, 0.1, 0.7, 2.5, 7.5):
         ours = augment.apply_operations(images, op, torch.full((len(images),), v))
@@ -143,9 +145,9 @@ def test_each_image_gets_its_own_operation():
 # Preprocessing (Sec. 4)
 
 
-@pytest.mark.parametrize("hflip", [True, False])
-def test_preprocess_equals_torchvision_on_pillow_images_with_the_same_draws(hflip):
-    images = sample_images()
+@pytest.mark.parametrize(("hflip", "height"), [(True, 32), (False, 32), (True, 20)])
+def test_preprocess_equals_torchvision_on_pillow_images_with_the_same_draws(hflip, height):
+    images = sample_images()[:, :, :height]
     torch.manual_seed(2)
     ours = preprocess(images, hflip)
     torch.manual_seed(2)
@@ -153,7 +155,7 @@ def test_preprocess_equals_torchvision_on_pillow_images_with_the_same_draws(hfli
 
     def per_image(image: Image.Image, i: int) -> Image.Image:
         top, left, mirrored = crop[i].tolist()
-        image = F.crop(F.pad(image, 4), top, left, 32, 32)
+        image = F.crop(F.pad(image, 4), top, left, height, 32)
         image = F.hflip(image) if mirrored else image
         for kind in order[i].tolist():
             adjust = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation)[kind]
@@ -262,6 +264,8 @@ def test_augmix_draws_its_operations_levels_and_weights_as_its_paper_says():
     assert even(active.sum(2), 1, 3)
     assert even(op[active], 0, 8)
     assert even((v > 0).long(), 0, 1)
+    assert independent(*active.sum(2).T)  # chains of an image have lengths of their own,
+    assert independent(*(v > 0).flatten(1).T)  # its operations signs
     level = v.abs().flatten(1)  # nine draws of an image
     assert all(fits(level[:, k], level_cdf) for k in range(9))
     # one severity for all of them: the largest of nine levels U(0.1, u), then the mean over u

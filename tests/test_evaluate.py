@@ -82,7 +82,8 @@ def test_adaptive_calibration_is_groups_of_100_the_remainder_joined_to_the_last(
 
 def test_calibration_refuses():
     for confidence, correct, message in (
-        ([], [], "0 confidences and 0 outcomes"), ([0.5], [1, 0], "1 confidences and 2 outcomes"),
+        ([], [], "at least one"), ([0.5], [1, 0], r"\(1,\) confidences and \(2,\) outcomes"),
+        (np.ones((2, 3)), np.ones((3, 2)), "expected one outcome for each"),
         ([math.nan], [1], "not a number in"), ([1.1], [1], "not a number in"),
         ([-0.1], [1], "not a number in"), ([0.5], [2], "neither 0 nor 1"),
     ):  # fmt: skip
@@ -165,9 +166,8 @@ def test_mca_and_pooled_errors_are_those_of_a_plain_loop(noise, limit):
 def test_rse_averages_probabilities_over_draws_that_depend_on_seed_and_set(noise):
     dataset, root = noise
     before = torch.get_rng_state()
-    evaluate.evaluate(Reader(), dataset, root, limit=1)
-    assert torch.equal(torch.get_rng_state(), before)  # without noise nothing is drawn or seeded
     e = evaluate.evaluate(Reader(), dataset, root, seed=1, noise_sigma=0.3, samples=3)
+    assert torch.equal(torch.get_rng_state(), before)  # the caller's
     fog = torch.tensor(np.load(root / "noise-C/fog.npy")[N : 2 * N]).permute(0, 3, 1, 2)
     for key, images, cell in (
         (("clean",), dataset.test_images, e["clean"]),
@@ -188,6 +188,36 @@ def test_predict_is_in_eval_mode_and_restores_each_submodules_mode(noise):
     confidence, _ = evaluate.predict(f, images)
     assert [module.training for module in f.modules()] == modes == [True, False, True, True]
     torch.testing.assert_close(confidence, f.eval()(images / 255).softmax(1).amax(1).detach())
+
+
+def test_predict_in_half_precision_has_its_softmax_in_float32(noise):
+    torch.manual_seed(0)
+    f = nn.Sequential(nn.Flatten(), nn.Linear(3072, 4))
+    images = noise[0].test_images
+    confidence, _ = evaluate.predict(f, images, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = f(images / 255)
+    assert logits.dtype == torch.bfloat16
+    assert torch.equal(confidence, logits.float().softmax(1).amax(1))
+    assert not torch.equal(confidence, evaluate.predict(f, images)[0])
+
+
+def test_a_mean_over_ten_certain_draws_is_not_above_1(noise):
+    images = torch.zeros_like(noise[0].test_images)
+    images[:, 0, 0, 0] = 255
+    f = nn.Sequential(Reader(), nn.Hardshrink(6), nn.Threshold(5, -1000))
+    confidence, _ = evaluate.predict(f, images, noise_sigma=0.01, samples=10)
+    assert confidence.min() == confidence.max() == 1
+
+
+def test_images_of_another_form_and_networks_that_fail_are_refused(noise):
+    dataset, root = noise
+    for wrong in (dataset.test_images / 255, dataset.test_images.permute(0, 2, 3, 1)):
+        with pytest.raises(ValueError, match=r"expected uint8 \(B, 3, H, W\)"):
+            evaluate.predict(Reader(), wrong)
+    f = nn.Sequential(Reader(), nn.Threshold(7.9, math.nan))
+    with pytest.raises(utils.UserError, match="the network's output is NaN on clean"):
+        evaluate.evaluate(f, dataset, root)
 
 
 # The script
@@ -415,6 +445,9 @@ def test_data_that_do_not_fit_the_run(refusal):
     np.savez("three.npz", test_images=arrays["test_images"][:3], test_labels=np.arange(3))
     message = "--dataset three.npz has 3 classes, not the run's 10"
     assert message in refusal("--dataset", "three.npz")
+    np.savez("new.npz", **arrays | {"test_images": 255 - arrays["test_images"]})
+    line = refusal("--dataset", "new.npz", "--clean", "--out", "new/results.json")
+    assert "tables.py would show these numbers as tiny's. Choose another name" in line
     assert "--limit 21: tiny has 20 test images" in refusal("--limit", 21)
     assert "tiny-C does not exist" in refusal("--data", "nowhere")
     os.remove("data")  # the link
@@ -430,6 +463,9 @@ def test_folders_that_are_not_a_finished_run(refusal):
     last = utils.load_checkpoint(RUN / "last.pt")
     change("last", epoch=1)
     assert f"{RUN} is unfinished (1 of 2 epochs). Train with --resume" in refusal()
+    for which in ("best", "last"):
+        change(which, recipe=last["recipe"] | {"arch": "mine"}, epoch=2)
+    assert "this code's mine is not the run's (unknown arch 'mine'" in refusal()
     for content in ({"model": last["model"]}, {k: v for k, v in last.items() if k != "ran"}):
         utils.save_checkpoint(RUN / "last.pt", content)
         assert f"{RUN}/last.pt was not written by this version of train.py" in refusal()

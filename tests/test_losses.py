@@ -250,6 +250,7 @@ def test_each_copy_is_forwarded_separately_or_all_as_one_batch(name, lambdas, co
     trained = [images for training, images in seen if training]
     assert [len(images) for images in trained] == [6 * copies // passes] * passes
     assert len(torch.cat(trained).unique(dim=0)) == 6 * copies  # each copy has its own draws
+    assert name in ("at", "rse", "gn") or torch.equal(trained[0][:6], batch()[0])  # x first
     assert len(seen) - passes == {"at": STEPS, "trades": 1 + STEPS}.get(name, 0)  # the attack's
 
 
@@ -281,13 +282,18 @@ def test_pgd_stays_in_the_ball_but_not_in_the_image_range_and_raises_the_loss():
     assert torch.equal(attack(f, x, y, epsilon=0.0), x)
 
 
-def test_small_half_precision_gradients_move_the_attack():
-    """A confident network: the loss's derivative by the other logit, 2.5e-8, is 0 in float16."""
+@pytest.mark.parametrize("lead", [17.5, -17.5])
+def test_half_precision_gradients_of_any_size_move_the_attack(lead):
+    """The loss's derivative by a logit is 2.5e-8 or 1, the logits' by a pixel is up to 5e4.
+
+    float16 has numbers from 6e-8 to 65504.
+    """
     torch.manual_seed(0)
     f, x = nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), torch.rand(1, 3, 2, 2)
     f.requires_grad_(False)
+    f[1].weight[1] *= 5e4 / f[1].weight[1].abs().max() if lead < 0 else 1
     f[1].weight[0], f[1].bias[1] = -f[1].weight[1], 0
-    f[1].bias[0] += 17.5 - (f(x)[0, 0] - f(x)[0, 1])
+    f[1].bias[0] += lead - (f(x)[0, 0] - f(x)[0, 1])
     with utils.autocast(torch.device("cpu"), torch.float16):
         x_adv = attack(f, x, torch.tensor([0]), steps=1, step_size=EPSILON)
     torch.testing.assert_close(x_adv, x + EPSILON * f[1].weight[1].sign().view_as(x))

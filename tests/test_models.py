@@ -154,6 +154,10 @@ def test_recompute_changes_neither_gradients_nor_statistics_nor_a_frozen_batch_n
     norms = [m for m in recomputed if isinstance(m, nn.BatchNorm2d)]
     assert [(m.training, m.momentum) for m in norms] == [(True, 0.1), (True, None), (False, 0.1)]
     assert [int(m.num_batches_tracked) for m in norms] == [2, 2, 0]
+    other = copy.deepcopy(recomputed)  # e.g. an average of weights
+    for p in other.parameters():
+        p.data.zero_()
+    assert other(images()).abs().max() == 0 < recomputed(images()).abs().max()
 
 
 @pytest.mark.parametrize("arch", ["densenet121", "inceptionv3"])

@@ -19,7 +19,7 @@ from tables import published
 from train import parse_args
 
 TOOLS = ["awk", "bash", "cat", "cksum", "cp", "cut", "date", "dirname", "grep", "mkdir", "nproc",
-         "realpath", "sed", "sleep", "tail", "touch", "tr", "wc", "xargs"]  # fmt: skip
+         "realpath", "rm", "sed", "sleep", "tail", "touch", "tr", "wc", "xargs"]  # fmt: skip
 METHODS = ("standard", "augmix", "magnma")
 CPU = {"DEVICE": "cpu"}
 # Notes GPU, threads, start, end, words of each call. FAIL and KILL name a method, BROKEN a script.
@@ -197,6 +197,7 @@ VISIBLE = "CUDA_VISIBLE_DEVICES"
         ("list", {"FLAGS": "--n 1"}, "Choose another folder than runs"),
         ("table3", {"FLAGS": "--n 1", "ROOT": "x/../runs/"}, "Choose another folder than runs"),
         ("table3", {"FLAGS": "--seed=1", "ROOT": "x"}, "run_all.sh sets this flag itself"),
+        ("table3", {"FLAGS": "--data /d", "ROOT": "x"}, "FLAGS cannot have --data"),
         ("table3", {}, "no NVIDIA GPU found. DEVICE=cpu"),
         ("table3", {VISIBLE: "NoDevFiles"}, "no NVIDIA GPU found. DEVICE=cpu"),
         ("table3", {VISIBLE: "4,5", "GPUS": "3"}, "GPUS=3 is more than the 2"),
@@ -368,7 +369,9 @@ def test_tests_run_without_ruff_shellcheck_and_xdist(project):
 SETUP = {
     "python3": """case "$*" in
       --version) echo "Python ${VERSION:-3.11.9}" ;;
-      "-m venv .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python && cp "$0" .venv/bin/pip ;;
+      "-m venv .venv" | "-m venv --clear .venv") [[ $* != *clear* ]] || rm -r .venv
+        mkdir -p .venv/bin && cp "$0" .venv/bin/python && cp "$0" .venv/bin/pip
+        echo "VIRTUAL_ENV=\"$PWD/.venv\"" >.venv/bin/activate ;;
       *"pip install"*) [[ ! ${OFFLINE:-} ]] || { echo "ERROR: no network" >&2; exit 1; }
         echo "${@:6}" >>pips; [[ $* != *" -r "* ]] || cat "${@: -1}" >>pips ;;
     esac""",
@@ -428,6 +431,20 @@ def test_an_installed_environment_needs_no_network(fresh):
     assert "six==1" in (fresh / "pips").read_text()
     done = bash(fresh, "setup.sh", GPU="580.1, 7.0", OFFLINE="1")  # now another build is needed
     assert (done.returncode, done.stderr.count("\n")) == (2, 2)  # pip's line and one of setup.sh
+
+
+def test_an_environment_that_was_moved_or_lost_its_python_is_made_anew(fresh):
+    assert bash(fresh, "setup.sh").returncode == 0
+    (fresh / ".venv/bin/torchrun").write_text(f"#!{fresh}/.venv/bin/python")
+    moved = fresh.rename(fresh.parent / "moved")
+    assert bash(moved, "setup.sh").returncode == 0
+    assert not (moved / ".venv/bin/torchrun").exists()
+    assert f"{moved}/.venv" in (moved / ".venv/bin/activate").read_text()
+    (moved / ".venv/bin/python").unlink()
+    (moved / ".venv/bin/torchrun").touch()
+    assert bash(moved, "setup.sh").returncode == 0
+    assert (moved / ".venv/bin/python").exists()
+    assert (moved / ".venv/bin/torchrun").exists()  # and other packages are kept
 
 
 def test_setup_names_the_python_it_needs_and_finds_another(fresh):

@@ -164,6 +164,21 @@ def test_the_list_has_means_and_population_deviations_over_seeds(tmp_path, capsy
     assert re.search(r"& standard +& 0 1 2 +& ", latex)
 
 
+def test_a_folder_of_runs_may_be_a_link(tmp_path, capsys):
+    put(tmp_path / "disk")
+    (tmp_path / "runs/cifar10").mkdir(parents=True)
+    (tmp_path / "runs/cifar10/resnet18").symlink_to(tmp_path / "disk")
+    assert len(github(capsys, tmp_path / "runs")[0]) == 2
+
+
+def test_a_short_run_in_float32_is_not_shown_before_whole_runs_on_a_gpu(tmp_path, capsys):
+    put(tmp_path, epochs=1, best=make_evaluation(clean=10))
+    for seed in range(3):
+        put(tmp_path, amp="bf16", evaluation_amp="bf16", seed=seed)
+    rows, _ = github(capsys, tmp_path, "--table", "3")
+    assert rows[1][2] == "90.00±0.00"
+
+
 def test_the_rows_of_one_name_are_in_the_order_of_their_note(tmp_path, capsys):
     for seed in (0, 1):
         put(tmp_path, seed=seed)
@@ -210,11 +225,11 @@ def test_table_3_has_ours_the_papers_and_the_difference(tmp_path, capsys):
     noise = make_evaluation(clean=93.70)
     magnma(best=noise, lambda2=0.0, epochs=20, corruption_source="generated", operations="augmix")
     magnma(lambda1=0.0, lambda2=5.0, eval_every=1, amp="bf16", limit=2000)
-    magnma(lambda1=0.7, tag="l1_0.7")  # of no table
+    magnma(lambda1=0.7, tag="mine")  # of no table
     put(tmp_path, method="mixup", best=make_evaluation(my_corruption=11.0), train_images=49000)
     (header, *rows), text = github(capsys, tmp_path, "--table", "3")
     assert header[6:] == [
-        "GN", "AugMix", "MAGNMA noise", "MAGNMA mix", "MAGNMA", "magnma-l1_0.7", "mixup",
+        "GN", "AugMix", "MAGNMA noise", "MAGNMA mix", "MAGNMA", "magnma-mine", "mixup",
     ]  # fmt: skip
     assert rows[0] == [
         "Clean", "ours", *["—"] * 6, "93.70", "90.00", "95.00±1.00", "90.00", "90.00",
@@ -233,7 +248,8 @@ def test_table_3_has_ours_the_papers_and_the_difference(tmp_path, capsys):
         "MAGNMA mix: --eval-every 1; --amp bf16; evaluated on the first 2000 test images",
         "mixup: 49000 training images",
         "MAGNMA: 2 of 3 seeds",
-        "MAGNMA noise; MAGNMA mix; magnma-l1_0.7; mixup: 1 of 3 seeds; last.pt not evaluated",
+        "magnma-mine: --lambda1 0.7; --lambda2 0.3; --sigma-max 0.2; --beta 1",
+        "MAGNMA noise; MAGNMA mix; magnma-mine; mixup: 1 of 3 seeds; last.pt not evaluated",
         "MAGNMA, further runs (shown | not shown): n 5 | 2; seeds 0 1 2",
         "MAGNMA, further runs (shown | not shown): joint False | True; seeds 0",
     ):

@@ -137,6 +137,13 @@ def test_a_method_of_ones_own_shares_a_flag_but_not_its_default(monkeypatch, rec
     assert (recipe["n"], recipe["sigma_max"]) == (5, 0.2)
 
 
+def test_flags_of_another_method_are_named(capsys):
+    train.parse_args(["--method", "trades", "--epsilon", "0.1", "--joint", "--n", "2"])
+    assert capsys.readouterr().err.endswith(": trades does not use --n\n")
+    train.parse_args(["--method", "standard", "--lambda1=0.5", "--joint"])
+    assert capsys.readouterr().err.endswith(": standard does not use --joint, --lambda1\n")
+
+
 @pytest.mark.parametrize("arch", ["resnet18", "densenet121", "densenet121_k32", "inceptionv3"])
 def test_large_networks_recompute_the_methods_that_forward_several_copies(arch, monkeypatch):
     def mine_loss(f, x, y, *, joint=False):
@@ -495,7 +502,8 @@ def test_ctrl_c_names_the_checkpoint_and_resume_says_what_it_does(run, capsys):
     Path("run/.last.pt.123.tmp").touch()  # of a process that was killed while saving
     capsys.readouterr()
     run(*flags, "--data", "elsewhere", "--recompute", "--amp", "off", "--tag", "x")
-    assert "run: is finished\nevaluate it: python evaluate.py run\n" in capsys.readouterr().out
+    command = "python evaluate.py run --data elsewhere"
+    assert f"run: is finished\nevaluate it: {command}\n" in capsys.readouterr().out
     assert Path("run/last.pt").read_bytes() == before
     assert len(rows(Path("run"))) == 6  # log.csv is written again
     assert {p.name for p in Path("run").iterdir()} == FILES
@@ -549,6 +557,14 @@ def test_another_recipe_in_the_same_place_is_refused_by_name(run, refusal):
     assert "--lr 0.05, not 0.1" in refusal("--epochs", 1, "--lr", 0.1, "--resume")
 
 
+def test_a_run_that_has_lost_its_last_checkpoint_is_not_started_again(run, refusal):
+    folder = run("--epochs", 1)
+    (folder / "last.pt").unlink()
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    assert "run has lost its last.pt; --resume would start" in refusal("--epochs", 1, "--resume")
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
 def test_a_data_file_may_move_but_not_change(run, refusal, capsys):
     run("--epochs", 1)
     flags = ("--epochs", 1, "--resume", "--dataset")
@@ -571,8 +587,14 @@ def test_files_of_another_kind(run, refusal):
     for content, message in (
         ({"state_dict": last["model"], "epoch": 3}, "was not written by this train.py"),
         (last | {"recipe": "x"}, "was not written by this train.py. Use --tag or --out"),
-        (last | {"model": {}}, "is damaged (Error(s) in loading state_dict for Tiny"),
-        ({k: v for k, v in last.items() if k != "log"}, "is damaged ('log'). Use --tag or --out"),
+        (
+            last | {"model": {}},
+            "is damaged, or of other code (Error(s) in loading state_dict for Tiny",
+        ),
+        (
+            {k: v for k, v in last.items() if k != "log"},
+            "is damaged, or of other code ('log'). Use --tag or --out",
+        ),
     ):
         utils.save_checkpoint(folder / "last.pt", content)
         assert f"run/last.pt {message}" in refusal(*flags)
