@@ -156,7 +156,7 @@ def evaluate(
     """Test a network from images in [0, 1] to logits, clean and corrupted. Numbers in percent.
 
     root: the folder that holds CIFAR-10-C, DIGITS-C etc. limit: only the first N images per set.
-    seed: of all draws, RSE's; noise_sigma and samples as in `predict`. The result has the keys
+    seed: of all draws, RSE's or f's own; noise_sigma, samples: as in `predict`. The result's keys:
 
         clean          accuracy, rms_calibration_error, rms_calibration_error_adaptive
         corruptions    {name: these three for each of 5 severities}
