@@ -169,10 +169,11 @@ def evaluate(
     corrupted set is incomplete or belongs to other images.
     """
     labels = dataset.test_labels[:limit]
-    devices = [device for device in [device_of(f)] if device.type == "cuda"]
+    device = device_of(f)
+    gpus = [device] if device.type == "cuda" else []
 
     def run(images: Tensor, *key: object) -> tuple[np.ndarray, np.ndarray]:
-        with torch.random.fork_rng(devices):  # the caller's generators are left alone
+        with torch.random.fork_rng(gpus):  # the caller's generators are left alone
             utils.seed(seed, *key)
             confidence, prediction = predict(
                 f,

@@ -33,7 +33,7 @@ for python in python3 python3.13 python3.12 python3.11 ""; do # "": none of them
 done
 [[ $python ]] || die "Python 3.11 or newer not found as python3. Install it, or set PYTHON for run_all.sh"
 echo "setup.sh: installing the packages of requirements.txt into .venv; some minutes"
-clear="" # a .venv that was moved has its old place in its scripts: it is made anew
+clear="" # a moved .venv still has its old path in its scripts, so it is made again
 [[ ! -f .venv/bin/activate ]] || grep -qF "$PWD/.venv" .venv/bin/activate || clear=--clear
 [[ ! $clear && -x .venv/bin/python && -x .venv/bin/pip ]] || "$python" -m venv ${clear:+"$clear"} .venv ||
   die "python3 -m venv failed, see above"

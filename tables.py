@@ -32,6 +32,7 @@ NETWORKS = ("resnet18", "densenet121", "inceptionv3")
 BASELINES = ("standard", "at", "trades", "rse", "gn", "augmix")
 # MAGNMA's columns and the rows of Table 5: magnma lambda1 lambda2 sigma_max beta
 SETTINGS = [row.split("/")[2] for row in PAPER["tables"]["5"]]
+LAMBDAS = ("lambda1", "lambda2", "sigma_max", "beta")  # the four numbers in SETTINGS
 NOISE, MIX, MAGNMA = "magnma 0.2 0 0.2 1", "magnma 0 5 0.2 1", "magnma 0.2 0.3 0.2 1"
 NINE = " augmix"  # ends a column's name if the mixed copies draw from AugMix's nine operations
 SUMMARY = ("clean", "mca", "clean_rmse", "corrupt_rmse")
@@ -200,7 +201,7 @@ def column_of(group: Group) -> str:
     if shared["method"] in BASELINES:
         return shared["method"]
     if shared["method"] == "magnma":
-        setting = [shared.get(name) for name in ("lambda1", "lambda2", "sigma_max", "beta")]
+        setting = [shared.get(name) for name in LAMBDAS]
         for name in SETTINGS:
             if [float(number) for number in name.split()[1:]] == setting:
                 mixes_nine = setting[1] > 0 and shared.get("operations") == "augmix"
@@ -219,7 +220,7 @@ def departures(group: Group) -> list[str]:
     if shared["train_images"] != 50000 and "subset" not in found:
         said.append(f"{shared['train_images']} training images")
     if shared["method"] == "magnma" and column_of(group) == method_of(shared):  # not in its name
-        found |= {name: shared[name] for name in ("lambda1", "lambda2", "sigma_max", "beta")}
+        found |= {name: shared[name] for name in LAMBDAS}
     for name, value in found.items():
         flag = "--" + name.replace("_", "-")
         said.append(flag if value is True else f"{flag} {value}")
@@ -247,9 +248,9 @@ def closest_to_paper(groups: list[Group], checkpoint: str) -> dict[Place, list[G
 
     def rank(group: Group) -> tuple[bool, int, int]:
         seeds = len(evaluations(group, checkpoint))
-        precision = ("--amp", "evaluated in")  # every run on a GPU departs in these
-        others = [words for words in departures(group) if not words.startswith(precision)]
-        return seeds == 0, len(others), -seeds
+        # every run on a GPU departs in its precisions: they do not count
+        precisions = sum(group.shared[key] != "off" for key in ("amp", "evaluation_amp"))
+        return seeds == 0, len(departures(group)) - precisions, -seeds
 
     places: dict[Place, list[Group]] = {}
     for group in sorted(groups, key=rank):

@@ -83,7 +83,7 @@ def test_level_operations_equal_pillow_bit_for_bit():
     images = sample_images()
     bits, threshold = torch.randint(1, 9, (len(images),)), torch.randint(0, 257, (len(images),))
     large = (torch.rand(3, 3, 300, 200) ** 3 * 256).to(torch.uint8)
-    for ours, theirs in (
+    for operation, pillows in (
         (augment.autocontrast, lambda x, i: ImageOps.autocontrast(x)),
         (augment.equalize, lambda x, i: ImageOps.equalize(x)),
         (lambda x: augment.posterize(x, bits), lambda x, i: ImageOps.posterize(x, int(bits[i]))),
@@ -92,7 +92,7 @@ def test_level_operations_equal_pillow_bit_for_bit():
             lambda x, i: ImageOps.solarize(x, int(threshold[i])),
         ),
     ):
-        assert_equals_pillow(ours(images), images, theirs)
+        assert_equals_pillow(operation(images), images, pillows)
     assert_equals_pillow(augment.equalize(large), large, lambda x, i: ImageOps.equalize(x))
 
 

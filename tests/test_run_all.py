@@ -433,7 +433,7 @@ def test_an_installed_environment_needs_no_network(fresh):
     assert (done.returncode, done.stderr.count("\n")) == (2, 2)  # pip's line and one of setup.sh
 
 
-def test_an_environment_that_was_moved_or_lost_its_python_is_made_anew(fresh):
+def test_an_environment_that_was_moved_or_lost_its_python_is_made_again(fresh):
     assert bash(fresh, "setup.sh").returncode == 0
     (fresh / ".venv/bin/torchrun").write_text(f"#!{fresh}/.venv/bin/python")
     moved = fresh.rename(fresh.parent / "moved")
