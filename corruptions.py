@@ -43,14 +43,13 @@ from tqdm import tqdm
 SIDE = 32
 PIXELS = SIDE * SIDE
 CHUNK = 250  # images at a time: some megabytes, near the processor's cache
-ZENODO = "https://zenodo.org/records/{}?download=1"
 OFFICIAL = {  # url, md5
     "cifar10": (
-        ZENODO.format("2535967/files/CIFAR-10-C.tar"),
+        "https://zenodo.org/records/2535967/files/CIFAR-10-C.tar?download=1",
         "56bf5dcef84df0e2308c6dcbcbbd8499",
     ),
     "cifar100": (
-        ZENODO.format("3555552/files/CIFAR-100-C.tar"),
+        "https://zenodo.org/records/3555552/files/CIFAR-100-C.tar?download=1",
         "11f0ed0f1191edbf9fa23466ae6021d3",
     ),
 }
@@ -133,7 +132,7 @@ def motion_blur(x: np.ndarray, c: tuple[int, float], draw: Callable) -> np.ndarr
 
 def zoom_blur(x: np.ndarray, c: float, draw: Callable) -> np.ndarray:
     """The mean of the image and of its zooms by 1, 1.01, ..., c."""
-    # whether c is among them is round-off, as in the published code
+    # round-off decides whether c itself is included, as in the published code
     factors = np.arange(1, c, 0.01).tolist()
     mean = sum(map(zoom_matrix, factors), start=sparse.eye_array(PIXELS, format="csr")) / (
         len(factors) + 1
@@ -470,9 +469,9 @@ def generate(
 ) -> int:
     """Write the corruptions that `folder` lacks; returns how many were made.
 
-    images uint8 (N, 32, 32, 3) and labels int (N,) are the clean test set. `record` has all that
-    the pixels depend on ("seed", "versions", ...) and becomes generated.json. Raises UserError if
-    the folder's own record differs, a file cannot be written, or frost has no photographs.
+    images uint8 (N, 32, 32, 3) and labels int (N,) are the clean test set. `record` becomes
+    generated.json. Raises UserError if the folder's own has another seed, clean images or (where
+    files are still to be made) versions, a file cannot be written, or frost has no photographs.
     """
     import data
     from utils import UserError, atomic_write, read_json, write_json
@@ -482,10 +481,10 @@ def generate(
         frost_photographs()  # fail now, not after minutes
     if (folder / "generated.json").is_file():
         made_with = read_json(folder / "generated.json")
-        for key, value in record.items():
-            if made_with.get(key) == value or (key == "versions" and not names):
+        for key in ("seed", "clean_sha256", "versions") if names else ("seed", "clean_sha256"):
+            if made_with.get(key) == record[key]:
                 continue
-            made = f"with {key} {made_with.get(key)}, not {value}"
+            made = f"with {key} {made_with.get(key)}, not {record[key]}"
             if key == "clean_sha256":
                 made = "from other test images"
             raise UserError(f"{folder} was made {made}. {data.move_away(folder)}")
@@ -581,7 +580,6 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--download: {args.dataset} has no official corrupted set; omit the flag")
     clean = data.load_dataset(args.dataset, args.data, need_train=False)
     folder = data.corrupted_folder(clean.name, args.data)
-    data.check_place(folder, [f"{name}.npy" for name in data.CORRUPTIONS])
     made_here = data.corruption_source(clean.name, args.data) == "generated"
     if not args.download and (made_here or not any(folder.glob("*.npy"))):
         libraries = {"numpy": np, "scipy": scipy, "opencv": cv2, "pillow": PIL}

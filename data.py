@@ -9,7 +9,6 @@ A corrupted test set is a folder in the form of the official archives: <corrupti
 """
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -74,9 +73,8 @@ def _load_cifar(name: str, root: Path) -> Dataset:
     cifar = getattr(torchvision.datasets, name.upper())
     folder = root / cifar.base_folder
     # A wrong --data must not download a second copy.
-    if not folder.is_dir():
-        check_place(corrupted_folder(name, root), [f"{stem}.npy" for stem in CORRUPTIONS])
-    check_place(folder, [file for file, _ in cifar.train_list + cifar.test_list])
+    check_root(folder, cifar.train_list[0][0])
+    check_root(corrupted_folder(name, root), "labels.npy")
     try:
         train, test = (cifar(root, train=train, download=True) for train in (True, False))
     except Exception as error:  # network, archive and pickles can raise nearly anything
@@ -152,7 +150,7 @@ def _load_npz(path: Path, need_train: bool) -> Dataset:
         images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"]
         if images.dtype != np.uint8 or images.shape[1:] != (32, 32, 3) or len(images) == 0:
             form = f"{part}_images is {images.dtype} {images.shape}, not uint8 (N, 32, 32, 3)"
-            raise UserError(f"{path}: {form}. {_how_to_convert(images)}")
+            raise UserError(f"{path}: {form}, RGB. README.md shows how: Add your own, Images")
         if labels.dtype.kind not in "iu" or labels.shape != (len(images),) or labels.min() < 0:
             form = f"{part}_labels is {labels.dtype} {labels.shape}, not {len(images)} integers"
             raise UserError(f"{path}: {form} from 0. Save one class number for each image")
@@ -182,28 +180,6 @@ def _load_npz(path: Path, need_train: bool) -> Dataset:
         source=str(arrays.get("source", path.name)),
         flag=str(path),
     )
-
-
-def _how_to_convert(images: np.ndarray) -> str:
-    """The NumPy and Pillow code that turns `images` into uint8 (N, 32, 32, 3)."""
-    if images.ndim not in (3, 4) or images.dtype.kind not in "uif" or images.size == 0:
-        return "Save RGB images as such an array"
-    low, high = images.min(), images.max()
-    if not (low >= 0 and high <= 255):  # NaN too
-        return f"Scale its values, now from {low:g} to {high:g}, to 0, ..., 255"
-    steps, shape = [], images.shape
-    if images.dtype != np.uint8:
-        scale = 255 if images.dtype.kind == "f" and high <= 1 else 1
-        steps.append(f"np.rint({scale} * images).astype(np.uint8)")
-    if len(shape) == 4 and shape[1] in (1, 3) and shape[3] not in (1, 3, 4):
-        steps.append("images.transpose(0, 2, 3, 1)")
-        shape = (shape[0], *shape[2:], shape[1])
-    if len(shape) == 4 and shape[3] == 1:
-        steps.append("images[..., 0]")
-    if shape[1:] != (32, 32, 3):
-        to_rgb = 'Image.fromarray(image).convert("RGB").resize((32, 32))'
-        steps.append(f"np.stack([{to_rgb} for image in images])")
-    return "Convert it: `" + "; ".join(f"images = {step}" for step in steps) + "`"
 
 
 def data_sha256(dataset: Dataset) -> str:
@@ -270,56 +246,37 @@ def _map(path: Path) -> np.ndarray:
 def check_corrupted(dataset: Dataset, root: str | Path) -> list[str]:
     """The corruptions to evaluate: the 18, then the folder's further arrays in sorted order.
 
-    Raises UserError unless the set is complete and was made from this test set. Compared are the
+    Raises UserError unless the set is complete and was made from this test set. Compares the
     labels, and the hash of the clean images if generated.json has it.
     """
     folder, count = corrupted_folder(dataset.name, root), len(dataset.test_images)
-    check_place(folder, [f"{stem}.npy" for stem in CORRUPTIONS])
+    check_root(folder, "labels.npy")
     how = _how_to_get(dataset, Path(root))
     if not folder.is_dir():
         raise UserError(f"{folder} does not exist. {how}")
     if missing := missing_files(folder):
         raise UserError(f"{folder} lacks {', '.join(missing)}. {how}")
-    _check_labels(dataset, folder)
+    labels = np.resize(_map(folder / "labels.npy"), 5 * count)  # one block of N will do
+    if not np.array_equal(labels, np.tile(dataset.test_labels.numpy(), 5)):
+        wrong = f"{folder} is of another test set than {dataset.name}'s: the labels differ"
+        raise UserError(f"{wrong}. {move_away(folder)}")
     record = folder / "generated.json"
     if record.is_file():
         made_from = read_json(record).get("clean_sha256")
         if made_from not in (None, images_sha256(dataset.test_images)):
             raise UserError(f"{folder} was made from other test images. {move_away(folder)}")
-    # Dot files are not arrays: macOS leaves ._fog.npy on shares.
-    stems = {path.stem for path in folder.glob("*.npy") if not path.name.startswith(".")}
+    stems = {path.stem for path in folder.glob("[!.]*.npy")}  # macOS leaves ._fog.npy on shares
     names = [*CORRUPTIONS, *sorted(stems - {*CORRUPTIONS, "labels"})]
     for name in names:
         path = folder / f"{name}.npy"
-        remedy = f"Move it out of the folder: `mv {quote(str(path))} {quote(str(root))}`"
-        if name in CORRUPTIONS:
-            remedy = f"Delete it, then: {how}"
         try:
-            images = load_corrupted(dataset.name, root, name)
+            held = load_corrupted(dataset.name, root, name).shape[1]
+            if held != count:
+                raise UserError(f"{path} holds {held} images per severity, not {count}")
         except UserError as error:
+            remedy = f"Move it out of the folder: `mv {quote(str(path))} {quote(str(root))}`"
             raise UserError(f"{error}. {remedy}") from None
-        if images.shape[1] != count:
-            form = f"{path} holds {images.shape[1]} images per severity, not {count}"
-            raise UserError(f"{form}. {remedy}")
     return names
-
-
-def _check_labels(dataset: Dataset, folder: Path) -> None:
-    """Raise UserError unless labels.npy holds the test labels five times, as integers."""
-    path, count = folder / "labels.npy", 5 * len(dataset.test_labels)
-    labels, expected = _map(path), np.tile(dataset.test_labels.numpy(), 5)
-    if labels.dtype.kind in "iu" and np.array_equal(labels, expected):
-        return
-    if labels.size == 0 or not np.array_equal(np.resize(labels, count), expected):
-        wrong = f"{folder} is of another test set than {dataset.name}'s: the labels differ"
-        raise UserError(f"{wrong}. {move_away(folder)}")
-    wrong = f"{path} is {labels.dtype} {labels.shape}, not {count} integers"
-    if 5 * labels.size == count:
-        wrong += f" (one block of {labels.size} instead of five)"
-    file = json.dumps(str(path))
-    fixed = f'np.resize(np.load({file}), {count}).astype("int64")'
-    code = quote(f"import numpy as np; np.save({file}, {fixed})")
-    raise UserError(f"{wrong}. Convert it: `python -c {code}`")
 
 
 def move_away(folder: Path) -> str:
@@ -333,45 +290,19 @@ def _how_to_get(dataset: Dataset, root: Path) -> str:
     folder = corrupted_folder(dataset.name, root)
     flags = f"--dataset {quote(dataset.flag or dataset.name)} --data {quote(str(root))}"
     command = f"python corruptions.py {flags}"
-    if corruption_source(dataset.name, root) == "generated":
-        return f"`{command}` makes what is missing"
-    begun = any(folder.glob("*.npy"))
-    if dataset.name not in ("cifar10", "cifar100"):
-        return (
-            f"{move_away(folder)}; then `{command}` makes it" if begun else f"`{command}` makes it"
-        )
-    if begun:
-        return f"`{command} --download` fetches what is missing (2.9 GB)"
-    return f"`{command} --download` fetches the official set (2.9 GB), `{command}` makes one here"
+    make = f"`{command}` makes it"
+    fetch = f"`{command} --download` fetches the official set (2.9 GB)"
+    made_here = corruption_source(dataset.name, root) == "generated"
+    official = dataset.name in ("cifar10", "cifar100")
+    if any(folder.glob("*.npy")) and not made_here:  # never complete another's set with ours
+        return fetch if official else move_away(folder)
+    return f"{fetch}, {make}" if official and not made_here else make
 
 
-def check_place(folder: Path, files: list[str]) -> None:
-    """Raise UserError if `folder` has none of `files`, but a place nearby has most of them.
-
-    Nearby: a name in another case, an archive unpacked one level too deep, or --data itself.
-    """
-
-    def same_name(place: Path) -> list[Path]:
-        inside = place.iterdir() if place.is_dir() else []
-        return sorted(p for p in inside if p.is_dir() and p.name.lower() == folder.name.lower())
-
-    def has_most(place: Path) -> bool:
-        return 2 * sum((place / file).is_file() for file in files) > len(files)
-
-    if any((folder / file).is_file() for file in files):
-        return
-    beside = same_name(folder.parent)
-    for found in [*beside, *(deeper for place in beside for deeper in same_name(place))]:
-        if has_most(found):
-            content = "/*" if folder.exists() else ""
-            command = f"mv {quote(str(found))}{content} {quote(str(folder))}"
-            raise UserError(f"the files of {folder} are in {found}. Move them: `{command}`")
-    if has_most(folder.parent):
-        place = folder.parent.resolve()
-        command = ""
-        if place.name != folder.name and not place.name.endswith("-C"):  # may be another data set
-            command = f"`mv {quote(str(place))} {quote(str(place.parent / folder.name))}` and "
+def check_root(folder: Path, file: str) -> None:
+    """Raise UserError if --data names the folder that holds `file`, not the one around it."""
+    if not folder.is_dir() and (folder.parent / file).is_file():
         raise UserError(
             f"--data {folder.parent} must name the folder that contains {folder.name}, not that"
-            f" folder itself. Use {command}--data {quote(str(place.parent))}"
+            f" folder itself. Use --data {quote(str(folder.parent.resolve().parent))}"
         )

@@ -62,8 +62,6 @@ def rms_calibration_error(
         raise ValueError("a confidence is not a number in [0, 1]")
     if not ((correct == 0) | (correct == 1)).all():
         raise ValueError("an outcome is neither 0 nor 1")
-    if n_bins < 1:
-        raise ValueError(f"n_bins must be at least 1, not {n_bins}")
     if adaptive:
         bins, rank = np.empty(len(confidence), dtype=np.int64), np.arange(len(confidence))
         groups = max(1, len(confidence) // 100)
@@ -166,14 +164,14 @@ def evaluate(
         reliability    {clean, corrupt}: [count, sum of confidences, number correct] of 16 bins
 
     clean_only: `clean` and its reliability alone; needs no corrupted set. Raises UserError if the
-    corrupted set is incomplete or belongs to other images.
+    corrupted set is incomplete or belongs to other images, or if f's output is NaN.
     """
     labels = dataset.test_labels[:limit]
     device = device_of(f)
     gpus = [device] if device.type == "cuda" else []
 
     def run(images: Tensor, *key: object) -> tuple[np.ndarray, np.ndarray]:
-        with torch.random.fork_rng(gpus):  # the caller's generators are left alone
+        with torch.random.fork_rng(gpus):  # the caller's, on the CPU and f's GPU, are kept
             utils.seed(seed, *key)
             confidence, prediction = predict(
                 f,
@@ -229,9 +227,8 @@ def load_run(folder: Path) -> dict[str, dict | None]:
             if not {*CONFIG, "epoch", "model"} <= saved[which].keys():
                 raise UserError(f"{path} was not written by this version of train.py. Train again")
     if not any(saved.values()):
-        if (folder / "config.json").is_file():
-            raise UserError(f"{folder} has no best.pt and no last.pt. Train it with --resume")
-        raise UserError(f"{folder} is not a run folder: it has no best.pt and no last.pt")
+        what = "Name a run's folder, or train it with --resume"
+        raise UserError(f"{folder} has no best.pt and no last.pt. {what}")
     if saved["last"] and saved["last"]["epoch"] < saved["last"]["recipe"]["epochs"]:
         done, epochs = saved["last"]["epoch"], saved["last"]["recipe"]["epochs"]
         raise UserError(f"{folder} is unfinished ({done} of {epochs} epochs). Train with --resume")
@@ -288,7 +285,7 @@ def load_test_set(args: argparse.Namespace, run: dict) -> tuple[Dataset, bool]:
     classes, trained = len(dataset.classes), run["recipe"]["classes"]
     if classes != trained:
         raise UserError(
-            f"--dataset {args.dataset} has {classes} classes, not the run's {trained}."
+            f"{dataset.name} has {classes} classes, not the run's {trained}."
             " If its images are of fewer classes, save the names of all as `classes` in the file"
         )
     images = len(dataset.test_images)
@@ -320,7 +317,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--out {out}: {shown}. Choose another name")
     if out:
         utils.check_out(out)
-    provenance = utils.provenance(device)  # of this moment: the work takes a while
+    provenance = utils.provenance(device)  # now: the code may change while this runs
 
     in_float32 = args.amp == "auto" and recipe["amp"] == "off"
     dtype = None if in_float32 else utils.amp_dtype(args.amp, device)
@@ -366,9 +363,11 @@ def print_columns(results: dict, dataset: Dataset) -> None:
     """Print the evaluated checkpoints as columns of the paper's Table 3, in percent."""
     columns = {which: results[which] for which in ("best", "last") if results[which]}
     recipe, evaluation = results["recipe"], results["evaluation"]
-    print(f"{recipe['method']} {recipe['arch']}, trained on {recipe['dataset']}, tested on"
-          f" {evaluation['test_images']} images of {dataset.name} ({dataset.source}),"
-          f" {evaluation['corruption_source'] or 'no'} corruptions")  # fmt: skip
+    print(
+        f"{recipe['method']} {recipe['arch']}, trained on {recipe['dataset']}, tested on"
+        f" {evaluation['test_images']} images of {dataset.name} ({dataset.source}),"
+        f" {evaluation['corruption_source'] or 'no'} corruptions"
+    )
     heads = [f"{which}.pt, epoch {e['epoch']}" for which, e in columns.items()]
     print(f"{'':<41}" + "".join(f"{head:>20}" for head in heads))
 

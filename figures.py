@@ -2,11 +2,11 @@
 
     python figures.py runs                                     # into figures/
     python figures.py runs --dataset digits --arch resnet20    # smaller runs in their place
-    python figures.py --source paper --out published           # Figures 2, 3, 5-8 as published
+    python figures.py --source paper --out published           # as published; needs no runs
 
-Figures 1 and 4 need no runs: they show a photograph and what augment.py and corruptions.py make of
-it. Colours are Okabe and Ito's, which colour-blind people can tell apart; hatches and markers are
-for greyscale print.
+Figures 1 and 4 show a photograph and what augment.py and corruptions.py make of it. Colours are
+Okabe and Ito's, which colour-blind people can tell apart; hatches and markers are for greyscale
+print.
 """
 
 import csv

@@ -83,7 +83,7 @@ report() {
 
 # All checks and tests, also after one has failed
 run_tests() {
-  local code=0 check workers="-n 2 --dist loadfile"
+  local code=0 check
   PATH=$(dirname "$(command -v "$python")"):$PATH # where pip puts ruff and shellcheck
   for check in "ruff check ." "ruff format --check ." "shellcheck run_all.sh setup.sh .ci/run"; do
     if command -v "${check%% *}" >/dev/null; then
@@ -92,11 +92,7 @@ run_tests() {
       echo "run_all.sh: not installed, left out: $check"
     fi
   done
-  if ! "$python" -m xdist.plugin 2>/dev/null; then
-    echo "run_all.sh: not installed, left out: pytest-xdist. The tests take twice as long"
-    workers=""
-  fi
-  OMP_NUM_THREADS=1 "$python" -m pytest $workers || code=1
+  OMP_NUM_THREADS=1 "$python" -m pytest -n 2 --dist loadfile || code=1
   exit $code
 }
 

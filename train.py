@@ -13,8 +13,6 @@ which --resume continues.
 """
 
 import argparse
-import csv
-import io
 import math
 import os
 import sys
@@ -236,7 +234,7 @@ def open_run(run: Run) -> None:
         restore(saved, last, run)
     elif (folder / "config.json").exists():
         check_same_run(utils.read_json(folder / "config.json"), folder / "config.json", run)
-        if (folder / "log.csv").exists():  # it is written after last.pt
+        if (folder / "log.csv").exists():  # written after last.pt, so there was one
             raise UserError(
                 f"{folder} has lost its last.pt; --resume would start again and replace best.pt."
                 " If you want that, delete log.csv and results.json"
@@ -250,11 +248,13 @@ def open_run(run: Run) -> None:
     if run.log:
         write_log(folder, run.log)
     done, epochs = len(run.log), run.args.epochs
-    if done < epochs:  # its `ran` names the machine that ends the run
+    if done < epochs:  # so that `ran` names the machine that finishes the run
         utils.write_json(folder / "config.json", run.config)
     if run.args.resume:
         state = f"continues at epoch {done + 1} of {epochs}" if done else "starts"
-        tqdm.write(f"{folder}: {'is finished' if done == epochs else state}")
+        if done == epochs:
+            state = "is finished"
+        tqdm.write(f"{folder}: {state}")
 
 
 def check_same_run(saved: dict, path: Path, run: Run) -> None:
@@ -282,7 +282,7 @@ def restore(saved: dict, path: Path, run: Run) -> None:
         run.log += saved["log"]
     except (KeyError, TypeError, RuntimeError) as error:
         raise UserError(
-            f"{path} is damaged, or of other code ({str(error)[:80]}). Use --tag or --out"
+            f"{path} is damaged, or from other code ({str(error)[:80]}). Use --tag or --out"
         ) from None
     run.sgd.param_groups[0]["fused"] = run.device.type == "cuda"  # saved on another device
 
@@ -305,13 +305,9 @@ def save(run: Run) -> None:
 
 def write_log(folder: Path, log: list[dict]) -> None:
     """log.csv, one row per epoch; test_accuracy is empty for epochs that were not tested."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, LOG, lineterminator="\n")
-    writer.writeheader()
-    for row in log:
-        writer.writerow({k: f"{v:.8g}" if isinstance(v, float) else v for k, v in row.items()})
+    rows = [LOG, *(["" if v is None else f"{v:.8g}" for v in row.values()] for row in log)]
     with utils.atomic_write(folder / "log.csv") as file:
-        file.write(text.getvalue().encode())
+        file.write("".join(",".join(row) + "\n" for row in rows).encode())
 
 
 # The command line
@@ -409,11 +405,6 @@ def start_processes(args: argparse.Namespace, device: torch.device) -> tuple[int
     """(rank, world) of this process, (0, 1) unless torchrun started it."""
     if "RANK" not in os.environ:
         return 0, 1
-    unset = [n for n in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ]
-    if unset:
-        raise UserError(
-            f"RANK is set, but not {', '.join(unset)}. Start with torchrun, or unset RANK"
-        )
     if ":" in args.device:
         raise UserError(
             f"--device {args.device} is for one process. With torchrun use --device cuda"
@@ -486,9 +477,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         train(run)
     except KeyboardInterrupt:
-        last = folder / "last.pt"
-        epoch = utils.load_checkpoint(last)["epoch"] if last.exists() else 0
-        tqdm.write(f"{folder}: --resume continues after epoch {epoch}")
+        tqdm.write(f"{folder}: --resume continues from the last checkpoint")
         raise
     except torch.OutOfMemoryError:
         raise UserError(f"the GPU's memory is full. {memory_advice(run)} needs less") from None

@@ -136,8 +136,6 @@ def make_folder(folder: str | Path) -> None:
         probe.parent.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()
-    except FileExistsError:
-        raise UserError(f"cannot write to {folder}: it is a file. Choose another --out") from None
     except OSError as error:
         why = error.strerror
         raise UserError(f"cannot write to {folder}: {why}. Choose another --out") from None
@@ -161,15 +159,13 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and not path.is_file():  # never replace a device file such as /dev/null
-            raise OSError("not a regular file")
         with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
     finally:
         with suppress(OSError):  # it was renamed or never created
             temporary.unlink()
@@ -250,7 +246,9 @@ def number(kind: type, low: float = -math.inf, above: float = -math.inf) -> Call
         value = kind(text)
         if not low <= value < math.inf or value <= above:  # NaN fails
             wanted = f"above {above:g}" if above > -math.inf else f"at least {low:g}"
-            raise argparse.ArgumentTypeError(f"{text} is out of range, it must be {wanted}")
+            raise argparse.ArgumentTypeError(
+                f"{text} is out of range, it must be finite and {wanted}"
+            )
         return value
 
     parse.__name__ = kind.__name__  # argparse names it if kind(text) fails
@@ -314,16 +312,12 @@ def describe(device: torch.device) -> str:
 
 def commit() -> str:
     """The commit of this repository, `+changes` after it if tracked files differ, or `unknown`."""
-
-    def git(*words: str) -> str:
-        return subprocess.check_output(
-            ["git", *words], cwd=here, stderr=subprocess.DEVNULL, text=True
-        ).strip()
-
     here = Path(__file__).resolve().parent
+    words = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
+    only_here = os.environ | {"GIT_CEILING_DIRECTORIES": str(here.parent)}  # no repository above
     try:
-        if Path(git("rev-parse", "--show-toplevel")) != here:  # inside another repository
-            return "unknown"
-        return git("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes")
+        return subprocess.check_output(
+            words, cwd=here, env=only_here, stderr=subprocess.DEVNULL, text=True
+        ).strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

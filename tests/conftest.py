@@ -93,7 +93,7 @@ def make_evaluation(clean=90.0, accuracy=80.0, clean_rmse=3.0, corrupt_rmse=5.0,
     return {
         "epoch": 7,
         "clean": cell(clean, clean_rmse),
-        "corruptions": {n: [cell(m + d) for d in (2, 1, 0, -1, -2)] for n, m in means.items()},
+        "corruptions": {n: [cell(m + d) for d in (2, 1.5, 0.5, -1, -3)] for n, m in means.items()},
         "mca": sum(means[name] for name in CORRUPTIONS) / 18,
         "corrupt_rms_calibration_error": corrupt_rmse,
         "corrupt_rms_calibration_error_adaptive": 99.0,

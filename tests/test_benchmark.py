@@ -15,7 +15,7 @@ import train
 from models import build_model
 
 
-@pytest.mark.parametrize(("method", "count"), [("standard", 1), ("augmix", 3), ("magnma", 11)])
+@pytest.mark.parametrize(("method", "count"), [("augmix", 3), ("magnma", 11)])
 def test_both_pipelines_make_the_same_copies(method, count):
     rng = np.random.default_rng(0)
     torch.manual_seed(0)

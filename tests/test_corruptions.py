@@ -400,23 +400,6 @@ def test_a_corruption_of_ones_own_is_made_by_the_workers(made, root, tmp_path):
     assert len(content(made)) + 1 == len(content(tmp_path / "mine-C"))
 
 
-def test_a_set_in_another_place_is_not_made_again(made, tmp_path):
-    flags = write_npz(tmp_path / "mine.npz", 12)
-    shutil.copytree(made, tmp_path / "MINE-c")
-    message = f"Move them: `mv {tmp_path}/MINE-c {tmp_path}/mine-C`"
-    assert message in refused(corruptions.main, flags)
-    assert not (tmp_path / "mine-C").exists()
-
-
-def test_a_full_disk_or_no_permission_is_one_line(tmp_path, monkeypatch):
-    def full(file, array):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(np, "save", full)
-    line = refused(corruptions.main, write_npz(tmp_path / "mine.npz", 3))
-    assert line == f"cannot write {tmp_path}/mine-C/labels.npy: No space left on device"
-
-
 def test_workers_import_neither_torch_nor_the_modules_that_need_it(root):
     code = "import sys, corruptions; assert not {'torch', 'utils', 'data'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=root, check=True)
@@ -436,16 +419,19 @@ def test_interrupted_then_a_worker_killed_then_resumed(root, tmp_path):
         (7, 2, "corruptions.py: a worker process was killed (too little mem"),
     ):
         process = subprocess.Popen([sys.executable, "corruptions.py", *flags], **options)
+        deadline = time.monotonic() + 60
         while len(list(folder.glob("*.npy"))) < files:
             assert process.poll() is None
+            assert time.monotonic() < deadline
             time.sleep(0.005)
         if code == 130:
             os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C in a terminal: all processes
         else:
             os.kill(worker_of(process.pid), signal.SIGKILL)
-        error = process.communicate(timeout=30)[1]  # returns when all its processes have ended
-        assert (process.returncode, error.count("\n")) == (code, 1), error
+        error = process.communicate(timeout=60)[1]  # returns when all its processes have ended
+        assert process.returncode == code, error
         assert error.startswith(line)
+        assert "Traceback" not in error
     assert len(list(folder.glob("*.npy"))) < 20
     corruptions.main(flags)
     assert_complete(folder)
@@ -500,12 +486,12 @@ def test_a_complete_set_is_kept_and_an_incomplete_one_is_completed(official, mad
     (folder / "fog.npy").write_bytes(b"")  # is not replaced
     before, download = content(folder), functools.partial(refused, corruptions.main, ["--download"])
     if source == "generated":
-        assert re.search("C lacks snow.npy. `python .*` makes what is missing", download())
+        assert re.search("C lacks snow.npy. `python .*` makes it", download())
         assert content(folder) == before
         return
     advice = "lacks snow.npy. `python .*--data data --download` f"
     assert re.search(advice, refused(corruptions.main, []))
-    assert re.search("fog.npy is damaged .* Delete it, then: `python .* --download` f", download())
+    assert re.search("fog.npy is damaged .* Move it out of the folder: `mv ", download())
     assert content(folder) == before | {"snow.npy": (made / "snow.npy").read_bytes()}
     assert sorted(folder.parent.iterdir()) == [folder]
 

@@ -200,6 +200,9 @@ def test_predict_in_half_precision_has_its_softmax_in_float32(noise):
     assert logits.dtype == torch.bfloat16
     assert torch.equal(confidence, logits.float().softmax(1).amax(1))
     assert not torch.equal(confidence, evaluate.predict(f, images)[0])
+    e = evaluate.evaluate(f, noise[0], "", dtype=torch.bfloat16, clean_only=True)
+    pooled = sum(total for _, total, _ in e["reliability"]["clean"])
+    assert pooled == pytest.approx(confidence.double().sum().item())
 
 
 def test_a_mean_over_ten_certain_draws_is_not_above_1(noise):
@@ -316,10 +319,6 @@ def test_the_columns_that_are_printed(run, calls, entry, capsys):
     change("last", epoch=2)
     run()
     lines, fog = capsys.readouterr().out.splitlines(), entry["corruptions"]["fog"]
-    assert lines[0] == (
-        "magnma resnet20, trained on tiny, tested on 20 images of tiny (digits, enlarged),"
-        " generated corruptions"
-    )
     assert lines[1].split() == ["best.pt,", "epoch", "1", "last.pt,", "epoch", "2"]
     error = "corrupt_rms_calibration_error"
     for label, value in (
@@ -329,7 +328,6 @@ def test_the_columns_that_are_printed(run, calls, entry, capsys):
         ("RMS calibration error, adaptive, corrupt", entry[f"{error}_adaptive"]),
     ):  # fmt: skip
         assert f"{label:<41}{value:20.2f}{value:20.2f}" in lines
-    assert {len(line) for line in lines[1:-1]} == {81}
 
 
 @pytest.mark.parametrize(
@@ -443,7 +441,7 @@ def test_data_that_do_not_fit_the_run(refusal):
     with np.load("data/tiny.npz") as file:
         arrays = dict(file)
     np.savez("three.npz", test_images=arrays["test_images"][:3], test_labels=np.arange(3))
-    message = "--dataset three.npz has 3 classes, not the run's 10"
+    message = "three has 3 classes, not the run's 10"
     assert message in refusal("--dataset", "three.npz")
     np.savez("new.npz", **arrays | {"test_images": 255 - arrays["test_images"]})
     line = refusal("--dataset", "new.npz", "--clean", "--out", "new/results.json")
@@ -471,6 +469,4 @@ def test_folders_that_are_not_a_finished_run(refusal):
         assert f"{RUN}/last.pt was not written by this version of train.py" in refusal()
     for which in ("best", "last"):
         (RUN / f"{which}.pt").unlink()
-    assert f"{RUN} has no best.pt and no last.pt. Train it with --resume" in refusal()
-    (RUN / "config.json").unlink()
-    assert f"{RUN} is not a run folder" in refusal()
+    assert f"{RUN} has no best.pt and no last.pt. Name a run's folder, or" in refusal()

