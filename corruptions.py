@@ -470,8 +470,9 @@ def generate(
     """Write the corruptions that `folder` lacks; returns how many were made.
 
     images uint8 (N, 32, 32, 3) and labels int (N,) are the clean test set. `record` becomes
-    generated.json. Raises UserError if the folder's own has another seed, clean images or (where
-    files are still to be made) versions, a file cannot be written, or frost has no photographs.
+    generated.json. Raises UserError if the folder's own has another seed, other clean images or,
+    where files are still to be made, other versions; if a file cannot be written; and if frost has
+    no photographs.
     """
     import data
     from utils import UserError, atomic_write, read_json, write_json
@@ -531,7 +532,7 @@ def start_worker() -> None:
 def download(folder: Path, url: str, md5: str) -> None:
     """Fetch the official archive and add the files that `folder` lacks.
 
-    A new folder gets an official.json of url and md5. Raises UserError on any failure.
+    A folder without arrays gets an official.json of url and md5. Raises UserError on any failure.
     """
     from utils import UserError, torchvision, write_json
 
@@ -540,7 +541,7 @@ def download(folder: Path, url: str, md5: str) -> None:
     try:
         fetch(url, archive.parent, unpacked, archive.name, md5, remove_finished=True)
         folder.mkdir(exist_ok=True)
-        if not any(folder.iterdir()):
+        if not any(folder.glob("*.npy")):
             write_json(folder / "official.json", {"url": url, "md5": md5})
         for file in (unpacked / folder.name).iterdir():
             if not (folder / file.name).exists():
@@ -580,6 +581,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--download: {args.dataset} has no official corrupted set; omit the flag")
     clean = data.load_dataset(args.dataset, args.data, need_train=False)
     folder = data.corrupted_folder(clean.name, args.data)
+    data.check_root(folder, "labels.npy")
     made_here = data.corruption_source(clean.name, args.data) == "generated"
     if not args.download and (made_here or not any(folder.glob("*.npy"))):
         libraries = {"numpy": np, "scipy": scipy, "opencv": cv2, "pillow": PIL}

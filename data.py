@@ -9,6 +9,7 @@ A corrupted test set is a folder in the form of the official archives: <corrupti
 """
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -72,7 +73,7 @@ def load_dataset(name: str, root: str | Path, *, need_train: bool = True) -> Dat
 def _load_cifar(name: str, root: Path) -> Dataset:
     cifar = getattr(torchvision.datasets, name.upper())
     folder = root / cifar.base_folder
-    # A wrong --data must not download a second copy.
+    # --data that names the set itself must not download a second copy.
     check_root(folder, cifar.train_list[0][0])
     check_root(corrupted_folder(name, root), "labels.npy")
     try:
@@ -150,7 +151,7 @@ def _load_npz(path: Path, need_train: bool) -> Dataset:
         images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"]
         if images.dtype != np.uint8 or images.shape[1:] != (32, 32, 3) or len(images) == 0:
             form = f"{part}_images is {images.dtype} {images.shape}, not uint8 (N, 32, 32, 3)"
-            raise UserError(f"{path}: {form}, RGB. README.md shows how: Add your own, Images")
+            raise UserError(f"{path}: {form}. Save RGB levels from 0 to 255, channels last")
         if labels.dtype.kind not in "iu" or labels.shape != (len(images),) or labels.min() < 0:
             form = f"{part}_labels is {labels.dtype} {labels.shape}, not {len(images)} integers"
             raise UserError(f"{path}: {form} from 0. Save one class number for each image")
@@ -286,23 +287,25 @@ def move_away(folder: Path) -> str:
 
 
 def _how_to_get(dataset: Dataset, root: Path) -> str:
-    """The command that completes or makes the corrupted set."""
+    """What to do about a missing or incomplete corrupted set."""
     folder = corrupted_folder(dataset.name, root)
     flags = f"--dataset {quote(dataset.flag or dataset.name)} --data {quote(str(root))}"
     command = f"python corruptions.py {flags}"
-    make = f"`{command}` makes it"
-    fetch = f"`{command} --download` fetches the official set (2.9 GB)"
-    made_here = corruption_source(dataset.name, root) == "generated"
     official = dataset.name in ("cifar10", "cifar100")
-    if any(folder.glob("*.npy")) and not made_here:  # never complete another's set with ours
-        return fetch if official else move_away(folder)
-    return f"{fetch}, {make}" if official and not made_here else make
+    if corruption_source(dataset.name, root) == "generated":
+        return f"`{command}` makes what is missing"
+    if any(folder.glob("*.npy")):  # never complete another's set with ours
+        missing = f"`{command} --download` fetches what is missing (2.9 GB)"
+        return missing if official else move_away(folder)
+    fetch = f"`{command} --download` fetches the official set (2.9 GB), or " if official else ""
+    return f"{fetch}`{command}` makes one here"
 
 
 def check_root(folder: Path, file: str) -> None:
-    """Raise UserError if --data names the folder that holds `file`, not the one around it."""
-    if not folder.is_dir() and (folder.parent / file).is_file():
+    """Raise UserError if --data names `folder` itself, which holds `file`, not the one around."""
+    root = Path(os.path.abspath(folder.parent))  # unresolved: the folder may be a link
+    if root.name == folder.name and (root / file).is_file() and not folder.is_dir():
         raise UserError(
             f"--data {folder.parent} must name the folder that contains {folder.name}, not that"
-            f" folder itself. Use --data {quote(str(folder.parent.resolve().parent))}"
+            f" folder itself. Use --data {quote(str(root.parent))}"
         )

@@ -48,7 +48,7 @@ def rms_calibration_error(
 
     confidence in [0, 1] and correct, 0 or 1, of one shape. The bins are (k/n_bins, (k+1)/n_bins];
     adaptive: sorted by confidence, groups of 100, the remainder joined to the last.
-    Raises ValueError for empty, NaN or out-of-range input.
+    Raises ValueError for empty, NaN or out-of-range confidences and outcomes.
     """
     confidence, correct = (
         torch.as_tensor(values, dtype=torch.float64, device="cpu").detach().numpy()
@@ -171,7 +171,7 @@ def evaluate(
     gpus = [device] if device.type == "cuda" else []
 
     def run(images: Tensor, *key: object) -> tuple[np.ndarray, np.ndarray]:
-        with torch.random.fork_rng(gpus):  # the caller's, on the CPU and f's GPU, are kept
+        with torch.random.fork_rng(gpus):  # keeps the caller's generators (CPU, f's GPU)
             utils.seed(seed, *key)
             confidence, prediction = predict(
                 f,
@@ -227,7 +227,7 @@ def load_run(folder: Path) -> dict[str, dict | None]:
             if not {*CONFIG, "epoch", "model"} <= saved[which].keys():
                 raise UserError(f"{path} was not written by this version of train.py. Train again")
     if not any(saved.values()):
-        what = "Name a run's folder, or train it with --resume"
+        what = "Name a run's folder; if it is one, train it with --resume"
         raise UserError(f"{folder} has no best.pt and no last.pt. {what}")
     if saved["last"] and saved["last"]["epoch"] < saved["last"]["recipe"]["epochs"]:
         done, epochs = saved["last"]["epoch"], saved["last"]["recipe"]["epochs"]

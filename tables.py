@@ -210,9 +210,8 @@ def departures(group: Group) -> list[str]:
         said.append(f"{shared['corruption_source']} corruptions")
     if shared["train_images"] != 50000 and "subset" not in found:
         said.append(f"{shared['train_images']} training images")
-    if shared["method"] == "magnma" and column_of(group) == method_of(
-        shared
-    ):  # its column's name does not show them
+    # a MAGNMA of no table: its column's name does not show them
+    if shared["method"] == "magnma" and column_of(group) == method_of(shared):
         found |= {name: shared[name] for name in LAMBDAS}
     for name, value in found.items():
         flag = "--" + name.replace("_", "-")

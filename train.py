@@ -477,7 +477,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         train(run)
     except KeyboardInterrupt:
-        tqdm.write(f"{folder}: --resume continues from the last checkpoint")
+        tqdm.write(f"{folder}: continue with --resume")
         raise
     except torch.OutOfMemoryError:
         raise UserError(f"the GPU's memory is full. {memory_advice(run)} needs less") from None

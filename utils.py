@@ -137,7 +137,7 @@ def make_folder(folder: str | Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        why = error.strerror
+        why = "it is a file" if probe.parent.is_file() else error.strerror
         raise UserError(f"cannot write to {folder}: {why}. Choose another --out") from None
 
 
@@ -165,7 +165,7 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         with suppress(OSError):  # it was renamed or never created
             temporary.unlink()
@@ -246,9 +246,8 @@ def number(kind: type, low: float = -math.inf, above: float = -math.inf) -> Call
         value = kind(text)
         if not low <= value < math.inf or value <= above:  # NaN fails
             wanted = f"above {above:g}" if above > -math.inf else f"at least {low:g}"
-            raise argparse.ArgumentTypeError(
-                f"{text} is out of range, it must be finite and {wanted}"
-            )
+            wanted = f"finite and {wanted}" if kind is float else wanted
+            raise argparse.ArgumentTypeError(f"{text} is out of range, it must be {wanted}")
         return value
 
     parse.__name__ = kind.__name__  # argparse names it if kind(text) fails

@@ -486,7 +486,7 @@ def test_a_complete_set_is_kept_and_an_incomplete_one_is_completed(official, mad
     (folder / "fog.npy").write_bytes(b"")  # is not replaced
     before, download = content(folder), functools.partial(refused, corruptions.main, ["--download"])
     if source == "generated":
-        assert re.search("C lacks snow.npy. `python .*` makes it", download())
+        assert re.search("C lacks snow.npy. `python .*` makes what is missing", download())
         assert content(folder) == before
         return
     advice = "lacks snow.npy. `python .*--data data --download` f"

@@ -150,7 +150,7 @@ REFUSED = {
         "train_labels": None, "test_images": None, "y_train": 0,
     },
     "test_images is uint8 (0, 32, 32, 3), not uint8 (N, 32, 32, 3)": {"test_images": IMAGES[:0]},
-    "float32 (1, 1, 2), not uint8 (N, 32, 32, 3), RGB. README.md shows how": {
+    "float32 (1, 1, 2), not uint8 (N, 32, 32, 3). Save RGB levels": {
         "train_images": np.float32([[[-2.0, 2.5]]]),
     },
     "train_labels is int64 (8,), not 8 integers from 0": {"train_labels": np.arange(8) - 1},
@@ -322,13 +322,17 @@ def test_a_set_of_other_labels_or_images_is_to_be_moved_away(mine):
     follow(message)
     assert refused(check_corrupted, other, "data") == (
         "data/mine-C does not exist."
-        " `python corruptions.py --dataset data/mine.npz --data data` makes it"
+        " `python corruptions.py --dataset data/mine.npz --data data` makes one here"
     )
 
 
 def test_a_root_that_is_the_set_itself_is_named(mine):
-    message = refused(check_corrupted, mine, "data/mine-C")
-    assert message.endswith(f"not that folder itself. Use --data {Path('data').resolve()}")
+    Path("link").mkdir()
+    Path("link/mine-C").symlink_to(Path("data/mine-C").rename("disk").resolve())
+    message = refused(check_corrupted, mine, "link/mine-C")
+    assert message.endswith(f"not that folder itself. Use --data {Path('link').resolve()}")
+    np.save("data/labels.npy", np.arange(3))  # the user's own
+    assert "makes one here" in refused(check_corrupted, mine, "data")
 
 
 def test_a_missing_official_set_can_be_downloaded_or_made(tmp_path):
@@ -336,4 +340,7 @@ def test_a_missing_official_set_can_be_downloaded_or_made(tmp_path):
     dataset = dataclasses.replace(load_dataset("digits", ""), name="cifar10", flag="cifar10")
     command = f"`python corruptions.py --dataset cifar10 --data {tmp_path}"
     message = refused(check_corrupted, dataset, tmp_path)
-    assert f"{command} --download` fetches the official set (2.9 GB), {command}` makes" in message
+    assert (
+        f"{command} --download` fetches the official set (2.9 GB), or {command}` makes one"
+        in message
+    )

@@ -469,4 +469,4 @@ def test_folders_that_are_not_a_finished_run(refusal):
         assert f"{RUN}/last.pt was not written by this version of train.py" in refusal()
     for which in ("best", "last"):
         (RUN / f"{which}.pt").unlink()
-    assert f"{RUN} has no best.pt and no last.pt. Name a run's folder, or" in refusal()
+    assert f"{RUN} has no best.pt and no last.pt. Name a run's folder; if" in refusal()

@@ -190,7 +190,7 @@ def test_a_damaged_file_costs_only_its_own_part(tmp_path, capsys, monkeypatch):
 def test_out_is_checked_before_anything_is_read(tmp_path):
     (tmp_path / "file").touch()
     line = refused(figures.main, ["nowhere", "--out", str(tmp_path / "file")])
-    assert line == f"cannot write to {tmp_path}/file: File exists. Choose another --out"
+    assert line == f"cannot write to {tmp_path}/file: it is a file. Choose another --out"
     with pytest.raises(SystemExit, match="2"):
         figures.main(["runs", "--source", "paper", "--out", str(tmp_path)])
 

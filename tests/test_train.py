@@ -481,7 +481,7 @@ def test_a_disk_that_fills_between_two_files_changes_nothing(run, refusal, monke
     assert_same_run(run(*flags, "--resume"), undisturbed)
 
 
-def test_ctrl_c_names_the_checkpoint_and_resume_says_what_it_does(run, capsys):
+def test_ctrl_c_names_resume_and_resume_says_what_it_does(run, capsys):
     flags = ("--epochs", 6, "--eval-every", 2, "--resume")
 
     def interrupt(step):
@@ -491,9 +491,9 @@ def test_ctrl_c_names_the_checkpoint_and_resume_says_what_it_does(run, capsys):
 
     lines, error = interrupt(2)
     assert "run: starts\n" in lines
-    assert "run: --resume continues from the last checkpoint\n" in lines
+    assert "run: continue with --resume\n" in lines
     assert error == "train.py: interrupted\n"
-    assert "run: starts\n" in interrupt(14).out  # in epoch 4; no checkpoint was written
+    assert "run: starts\n" in interrupt(14).out  # the first left no checkpoint
     utils.write_json("run/config.json", {"recipe": "lost"})  # last.pt has it
     run(*flags)
     assert "run: continues at epoch 3 of 6\n" in capsys.readouterr().out

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import refused
@@ -146,6 +147,8 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (20000, limit[1]))  # half of the next one fits
     try:
         line = refused(utils.save_checkpoint, path, large)
+        with pytest.raises(utils.UserError, match="requested"), utils.atomic_write(path) as file:
+            np.save(file, np.zeros(100_000, np.uint8))  # NumPy's error has no strerror
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert line == f"cannot write {path}: File too large"
@@ -159,7 +162,7 @@ def test_a_folder_is_made_or_named_if_it_cannot_be_written(tmp_path):
     assert os.listdir(tmp_path / "a" / "b") == []
     file = tmp_path / "file"
     file.touch()
-    line = f"cannot write to {file}: File exists. Choose another --out"
+    line = f"cannot write to {file}: it is a file. Choose another --out"
     assert refused(utils.make_folder, file) == line
     below = f"cannot write to {file}/below: Not a directory. Choose another --out"
     assert refused(utils.make_folder, file / "below") == below
@@ -203,7 +206,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--epochs 0", "argument --epochs: 0 is out of range, it must be finite and at least 1"),
+        ("--epochs 0", "argument --epochs: 0 is out of range, it must be at least 1"),
         ("--epochs 1.5", "argument --epochs: invalid int value: '1.5'"),
         ("--lr 0", "argument --lr: 0 is out of range, it must be finite and above 0"),
         ("--lr nan", "argument --lr: nan is out of range, it must be finite and above 0"),
