@@ -320,6 +320,14 @@ def test_the_demo_prints_its_table_before_the_figure(project, broken):
     assert all({"--epochs", "cpu"} <= {*words} for words in made if words[0] == "train.py")
 
 
+def running(stat: Path) -> bool:
+    """Whether the process of /proc/<pid>/stat runs."""
+    try:
+        return ") Z " not in stat.read_text()
+    except OSError:  # it has ended, perhaps while it was read
+        return False
+
+
 @pytest.mark.parametrize("stop", ["Ctrl-C", "kill"])
 def test_ctrl_c_and_the_printed_kill_end_all_trainings(project, stop):
     settings = variables(project, CPU | {"GPUS": "2", "HANG": "1"})
@@ -340,7 +348,7 @@ def test_ctrl_c_and_the_printed_kill_end_all_trainings(project, stop):
     assert "a table" not in output
     processes = [Path(f"/proc/{pid}/stat") for pid in re.findall(r"hang (\d+)", text)]
     assert len(processes) == 2
-    while any(path.exists() and ") Z " not in path.read_text() for path in processes):
+    while any(map(running, processes)):
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
