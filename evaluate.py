@@ -62,6 +62,8 @@ def rms_calibration_error(
         raise ValueError("a confidence is not a number in [0, 1]")
     if not ((correct == 0) | (correct == 1)).all():
         raise ValueError("an outcome is neither 0 nor 1")
+    if n_bins < 1:
+        raise ValueError(f"n_bins must be at least 1, not {n_bins}")
     if adaptive:
         bins, rank = np.empty(len(confidence), dtype=np.int64), np.arange(len(confidence))
         groups = max(1, len(confidence) // 100)

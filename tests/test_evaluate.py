@@ -89,6 +89,8 @@ def test_calibration_refuses():
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             rms_calibration_error(confidence, correct)
+    with pytest.raises(ValueError, match="n_bins must be at least 1, not 0"):
+        rms_calibration_error([0.5], [1], n_bins=0)
 
 
 # The 18 x 5 loop on known predictions
