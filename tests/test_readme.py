@@ -127,6 +127,7 @@ def test_the_tables_are_the_results():
     for method, *numbers in rows("method | Clean | mCA | Clean"):
         _, ours = cells["demo", tables.label(method if method != "magnma" else tables.MAGNMA)]
         assert numbers == [str(ours[metric]) for metric in tables.SUMMARY]
+    # Table 5 has what the others lack; where they differ (mCA of noise), they come last and count
     shown, paper = rows("method | Clean | mCA | Corrupt"), tables.published("5123")
     fitted = {column for (folder, _), (column, _) in cells.items() if folder == "fitted"}
     columns = {*next(iter(tables.PAPER["tables"]["3"].values()))}
