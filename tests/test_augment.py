@@ -19,19 +19,12 @@ from data import load_dataset
 from utils import torchvision
 
 F = torchvision.transforms.functional
+to_pillow, from_pillow = F.to_pil_image, F.pil_to_tensor
 
 
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
-
-
-def to_pillow(image: torch.Tensor) -> Image.Image:
-    return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-
-
-def from_pillow(image: Image.Image) -> torch.Tensor:
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def sample_images() -> torch.Tensor:
@@ -131,17 +124,6 @@ def test_no_bits_are_black_but_augmixs_levels_never_ask_for_that():
     assert augment.apply_operations(white, op, v)[:, 0, 0, 0].tolist() == [192, 128, 128]
 
 
-def test_each_image_gets_its_own_operation():
-    images = sample_images()
-    op = torch.randint(-1, len(OPERATIONS), (len(images),))
-    v = 20 * torch.rand(len(images)) - 10
-    together = augment.apply_operations(images, op, v)
-    for i in range(len(images)):
-        one = slice(i, i + 1)
-        assert torch.equal(together[one], augment.apply_operations(images[one], op[one], v[one]))
-    assert torch.equal(together[op == -1], images[op == -1])
-
-
 # Preprocessing (Sec. 4)
 
 
@@ -217,7 +199,6 @@ def test_operation_and_level_of_mixed_augmentation(operations):
     assert even((v > 0).long(), 0, 1) if operations == "augmix" else v.min() > 0
     assert all(fits(v.abs()[a == k], level_cdf) for k in a.unique())
     assert A == OPERATIONS[:4] == ("autocontrast", "equalize", "posterize", "solarize")
-    assert not fits(torch.randint(1, 11, (8000,)), level_cdf)  # v = u is another distribution
     with pytest.raises(ValueError, match="operations must be 'A' or 'augmix', not 'B'"):
         augment.draw_mixed(1, 1.0, "B")
 

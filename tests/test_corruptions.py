@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 import scipy.ndimage
 import scipy.stats
-from conftest import refused
+from conftest import ROOT, refused
 from PIL import Image
 
 import corruptions
@@ -339,9 +339,7 @@ def made(tmp_path_factory):
 def test_a_folder_has_the_official_form_and_a_record(made):
     files = {*(f"{name}.npy" for name in DEFINITIONS), "labels.npy", "generated.json"}
     assert content(made).keys() >= files
-    images, labels = np.load(made / "snow.npy"), np.load(made / "labels.npy")
-    assert (images.dtype, images.shape) == (np.uint8, (60, 32, 32, 3))
-    assert labels.dtype == np.uint8
+    assert np.load(made / "labels.npy").dtype == np.uint8
     assert_complete(made)
     record = json.loads((made / "generated.json").read_text())
     assert set(record.pop("versions")) == {"numpy", "scipy", "opencv", "pillow"}
@@ -384,25 +382,25 @@ def test_files_that_exist_are_kept_where_the_record_fits(made, tmp_path, capsys)
     assert content(folder) == content(made)
 
 
-def test_a_corruption_of_ones_own_is_made_by_the_workers(made, root, tmp_path):
+def test_a_corruption_of_ones_own_is_made_by_the_workers(made, tmp_path):
     """As README and corruptions.py say: a function, and its entry in SEVERITIES."""
     flags = write_npz(tmp_path / "mine.npz", 12)
     shutil.copytree(made, tmp_path / "mine-C")
-    before, after = (root / "corruptions.py").read_text().split("SEVERITIES = {")
+    before, after = (ROOT / "corruptions.py").read_text().split("SEVERITIES = {")
     own = "def darkness(x, c, draw):\n    return c * x / 255\n\n\n"
     entry = "SEVERITIES = {darkness: (0.9, 0.8, 0.7, 0.6, 0.5),"
     (tmp_path / "corruptions.py").write_text(before + own + entry + after)
     command = [sys.executable, "corruptions.py", *flags]
-    subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(root)}, check=True)
+    subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
     images = np.load(tmp_path / "mine.npz")["test_images"]
     got = np.load(tmp_path / "mine-C" / "darkness.npy")
     assert np.array_equal(got[-12:], np.floor(0.5 * (images / 255) * 255))
     assert len(content(made)) + 1 == len(content(tmp_path / "mine-C"))
 
 
-def test_workers_import_neither_torch_nor_the_modules_that_need_it(root):
+def test_workers_import_neither_torch_nor_the_modules_that_need_it():
     code = "import sys, corruptions; assert not {'torch', 'utils', 'data'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], cwd=root, check=True)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def worker_of(pid):
@@ -411,9 +409,9 @@ def worker_of(pid):
     return next(int(c) for c in children if "LokyProcess" in Path(f"/proc/{c}/cmdline").read_text())
 
 
-def test_interrupted_then_a_worker_killed_then_resumed(root, tmp_path):
+def test_interrupted_then_a_worker_killed_then_resumed(tmp_path):
     flags, folder = write_npz(tmp_path / "mine.npz", 100), tmp_path / "mine-C"
-    options = {"cwd": root, "start_new_session": True, "stderr": subprocess.PIPE, "text": True}
+    options = {"cwd": ROOT, "start_new_session": True, "stderr": subprocess.PIPE, "text": True}
     for files, code, line in (  # labels.npy is the first file
         (4, 130, "corruptions.py: interrupted\n"),
         (7, 2, "corruptions.py: a worker process was killed (too little mem"),

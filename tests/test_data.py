@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import refused
+from conftest import ROOT, refused
 from PIL import Image
 
 import data
@@ -72,10 +72,10 @@ def test_cifar_is_read_in_its_order_and_written_nowhere(tmp_path, monkeypatch, n
 
 @pytest.mark.cifar
 @pytest.mark.parametrize("name", ["cifar10", "data/cifar10_copies.npz"])
-def test_the_real_images_have_cifars_published_statistics(root, name):
-    if not (root / ("data/cifar-10-batches-py" if name == "cifar10" else name)).exists():
+def test_the_real_images_have_cifars_published_statistics(name):
+    if not (ROOT / ("data/cifar-10-batches-py" if name == "cifar10" else name)).exists():
         pytest.skip("no CIFAR-10 under data/")
-    dataset = load_dataset(name if name == "cifar10" else str(root / name), root / "data")
+    dataset = load_dataset(name if name == "cifar10" else str(ROOT / name), ROOT / "data")
     assert torch.bincount(dataset.train_labels).tolist() == [5000] * 10
     assert torch.bincount(dataset.test_labels).tolist() == [1000] * 10
     assert dataset.train_labels[:5].tolist() == [6, 9, 9, 4, 1]

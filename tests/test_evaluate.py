@@ -294,16 +294,16 @@ def test_results_have_their_form(run):
 def test_each_checkpoint_is_evaluated_with_its_own_weights(run, entry):
     dataset = load_dataset("data/tiny.npz", "")
     last = utils.load_checkpoint(RUN / "last.pt")["model"]
-    bias = torch.tensor([0.0, 9, 0, 0, 0, 0, 0, 0, 0, 0])
+    bias = torch.tensor([0.0, 9, 0, 0, 0, 0, 0, 0, 0])
     one_class = last | {"fc.weight": torch.zeros_like(last["fc.weight"]), "fc.bias": bias}
     change("best", epoch=1, model=one_class)
     change("last", epoch=2)
     run("--clean", "--out", "clean.json")
     results = utils.read_json("clean.json")
     assert results["evaluation"]["corruption_source"] is None
-    confidence = torch.full((20,), 1 / (1 + 9 * math.exp(-9)))
+    confidence = torch.full((20,), 1 / (1 + 8 * math.exp(-9)))
     assert_cell(results["best"]["clean"], confidence, dataset.test_labels == 1)
-    f = build_model("resnet20", 10)
+    f = build_model("resnet20", 9)
     f.load_state_dict(last)
     snow = torch.from_numpy(np.load("data/tiny-C/snow.npy")[80:]).permute(0, 3, 1, 2)
     for images, cell in (
@@ -348,7 +348,7 @@ def test_the_columns_that_are_printed(run, calls, entry, capsys):
 def test_where_results_are_written(run, calls, capsys, flags, existing, written):
     with np.load("data/tiny.npz") as file:
         new = {f"test_{kind}": file[f"test_{kind}"][:10] for kind in ("images", "labels")}
-    np.savez("new.npz", **new, classes=np.arange(10).astype(str))  # as CIFAR-10.1: no train images
+    np.savez("new.npz", **new, classes=np.arange(9).astype(str))  # as CIFAR-10.1: no train images
     Path("moved").mkdir()
     shutil.copy("data/tiny.npz", "moved/tiny.npz")
     own, path = RUN / "results.json", written and Path(written)
@@ -443,7 +443,7 @@ def test_data_that_do_not_fit_the_run(refusal):
     with np.load("data/tiny.npz") as file:
         arrays = dict(file)
     np.savez("three.npz", test_images=arrays["test_images"][:3], test_labels=np.arange(3))
-    message = "three has 3 classes, not the run's 10"
+    message = "three has 3 classes, not the run's 9"
     assert message in refusal("--dataset", "three.npz")
     np.savez("new.npz", **arrays | {"test_images": 255 - arrays["test_images"]})
     line = refusal("--dataset", "new.npz", "--clean", "--out", "new/results.json")

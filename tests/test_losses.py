@@ -17,6 +17,7 @@ import scipy.spatial.distance
 import scipy.special
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from torch import Tensor, nn
 
 import losses
@@ -72,9 +73,9 @@ def test_the_defaults_are_the_papers():
     assert {name: method.defaults for name, method in losses.METHODS.items()} == PAPER
 
 
-def test_losses_and_augment_need_torch_alone(root):
+def test_losses_and_augment_need_torch_alone():
     for file, others in (("augment.py", {"torch"}), ("losses.py", {"torch", "augment"})):
-        lines = (root / file).read_text()
+        lines = (ROOT / file).read_text()
         imported = set(re.findall(r"^ *(?:import|from) (\w+)", lines, re.MULTILINE))
         assert imported - set(sys.stdlib_module_names) == others
 
@@ -193,17 +194,14 @@ def test_each_method_equals_the_loop_of_its_equation_in_value_and_gradient(name,
 # The divergences
 
 
-def test_the_divergences_equal_scipys_and_pass_gradcheck():
+def test_the_divergences_equal_scipys():
     torch.manual_seed(1)
-    logits = [4 * torch.randn(7, 5, dtype=torch.float64) for _ in range(3)]
-    p, q = (values.softmax(1).numpy() for values in logits[:2])
-    kl, js = losses.kl_divergence(*logits[:2]), losses.jensen_shannon(*logits[:2])
+    logits = [4 * torch.randn(7, 5, dtype=torch.float64) for _ in range(2)]
+    p, q = (values.softmax(1).numpy() for values in logits)
+    kl, js = losses.kl_divergence(*logits), losses.jensen_shannon(*logits)
     np.testing.assert_allclose(kl, scipy.special.rel_entr(p, q).sum(1), rtol=1e-10)
     root = scipy.spatial.distance.jensenshannon(p, q, axis=1)
     np.testing.assert_allclose(js, root**2, rtol=1e-10)
-    arguments = [values[:3].clone().requires_grad_(True) for values in logits]
-    assert torch.autograd.gradcheck(losses.kl_divergence, arguments[:2])
-    assert torch.autograd.gradcheck(losses.jensen_shannon, arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

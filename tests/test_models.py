@@ -112,6 +112,12 @@ def test_every_layer_starts_as_torch_starts_it(arch):
             assert 0 < module.bias.abs().min() < module.bias.abs().max() <= bound
 
 
+@pytest.mark.parametrize("arch", SIZES)
+def test_a_network_has_as_many_logits_as_classes(arch):
+    with torch.device("meta"):
+        assert models.build_model(arch, 100)(images().to("meta")).shape == (4, 100)
+
+
 def test_build_model_names_what_is_wrong_and_follows_the_seed():
     with pytest.raises(ValueError, match=r"unknown arch 'resnet1'. Use one of resnet18, "):
         models.build_model("resnet1", 10)
