@@ -46,7 +46,7 @@ def test_training_loop(monkeypatch):
 
 def test_evaluation_of_any_network(place):
     (code,) = re.findall(r"`(evaluate\.evaluate\(f, .*?)`", README)
-    f = torch.nn.Sequential(torch.nn.AvgPool2d(16), torch.nn.Flatten(), torch.nn.Linear(12, 10))
+    f = torch.nn.Sequential(torch.nn.AvgPool2d(16), torch.nn.Flatten(), torch.nn.Linear(12, 9))
     names = {"f": f, "data": data, "evaluate": evaluate}
     assert 0 <= eval(code.replace('"cifar10"', '"data/tiny.npz"'), names) <= 100
 
@@ -96,10 +96,11 @@ def test_commands_parse():
 
 def test_the_weights_in_results_are_of_todays_networks():
     weights = [*ROOT.glob("results/**/best.pt")]
-    assert len(weights) == 5
+    assert weights
     for path in weights:
         saved = utils.load_checkpoint(path)
         recipe = saved["recipe"]
+        assert recipe == utils.read_json(path.with_name("config.json"))["recipe"]
         models.build_model(recipe["arch"], recipe["classes"]).load_state_dict(saved["model"])
 
 

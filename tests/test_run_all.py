@@ -224,7 +224,7 @@ def test_another_xargs_is_refused(project):
 
 
 @pytest.mark.parametrize("shown", ["0", "NVIDIA-SMI has failed because 1\n2 reasons"])
-def test_gpus_are_counted_by_nvidia_smi(project, shown):
+def test_more_gpus_than_nvidia_smi_lists_are_refused(project, shown):
     program(project / "bin/nvidia-smi", f'echo "{shown}"')
     assert bash(project, "headline", SEEDS="0", GPUS="2").returncode == 2
     assert calls(project, "train.py") == []

@@ -278,7 +278,7 @@ def test_a_closed_pipe_ends_quietly_and_an_ascii_terminal_shows_a_question_mark(
     ["train.py --dataset none.npz", "evaluate.py none", "tables.py none", "figures.py none",
      "benchmark.py --device cuda:99"],
 )  # fmt: skip
-def test_each_script_ends_with_2_and_a_line_where_the_user_is_wrong(words, tmp_path):
+def test_each_script_ends_with_2_and_a_line_on_a_user_error(words, tmp_path):
     script, *arguments = words.split()
     command = [sys.executable, ROOT / script, *arguments]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
