@@ -226,7 +226,9 @@ def test_another_xargs_is_refused(project):
 @pytest.mark.parametrize("shown", ["0", "NVIDIA-SMI has failed because 1\n2 reasons"])
 def test_more_gpus_than_nvidia_smi_lists_are_refused(project, shown):
     program(project / "bin/nvidia-smi", f'echo "{shown}"')
-    assert bash(project, "headline", SEEDS="0", GPUS="2").returncode == 2
+    done = bash(project, "headline", SEEDS="0", GPUS="2")
+    assert done.returncode == 2
+    assert "GPUS=2 is more than the 1 that" in done.stderr
     assert calls(project, "train.py") == []
 
 
